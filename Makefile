@@ -1,0 +1,37 @@
+# Two commands: `make lab` opens the course, `make test` runs everything.  README.md gives the same in plain pip.
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: lab test unit notebooks build clean
+
+lab: .venv/ready
+	$(BIN)/qlearn lab
+
+test: .venv/ready-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks"
+	$(BIN)/python -m pytest -n 2 --dist load -m notebooks
+	$(BIN)/python -m pytest -m browser -rs
+
+# The part without notebooks and browser.
+unit: .venv/ready-test
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks"
+
+# Regenerate lessons, exercises and solutions from their sources.
+build: .venv/ready-test
+	$(BIN)/qlearn build
+
+# The stamps make a second call start in seconds; a changed pin or dependency installs again.
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/ready-test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e ".[test]"
+	touch $@ .venv/ready
+
+clean:
+	rm -rf .venv build dist .pytest_cache

@@ -1,0 +1,1 @@
+"""Learning under quantization, and the recipe that made the bundled model."""
