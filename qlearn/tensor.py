@@ -1,17 +1,19 @@
 """A quantized matrix: codes packed to their true width, and what turns them back into numbers.
 
-Every method of the package ends here, and everything that uses a quantized weight begins here. A weight matrix is cut into
-blocks, and the weights of a block share a scale. A code is the index of a value on the grid of a format, so
+Every method of the package ends here, and everything that uses a quantized weight begins here. A weight matrix is cut
+into blocks, and the weights of a block share a scale. A code is the index of a value on the grid of a format, so
 
     weight[i, j]  =  (value(code[i, j]) - zero[block]) * scale[block] * column_scale[j]
 
 where `zero` and `column_scale` are there only for the methods that need them.
 
-Which weights share a scale is said by `block`, the shape of a block in rows and columns. One scale for a (256, 768) matrix is the
-block (256, 768); one for each row, (1, 768); one for each column, (256, 1); one for each 64 consecutive weights of a row, (1, 64).
+Which weights share a scale is said by `block`, the shape of a block in rows and columns. One scale for a (256, 768)
+matrix is the block (256, 768); one for each row, (1, 768); one for each column, (256, 1); one for each 64 consecutive
+weights of a row, (1, 64).
 
-Nothing here is pretended. The codes lie packed, at 3 bits as at 8, `nbytes` adds up the bytes of the tensors that are really held,
-and `bits_per_weight` divides them by the number of weights, so that scales and zeros are always paid for.
+Nothing here is pretended. The codes lie packed, at 3 bits as at 8, `nbytes` adds up the bytes of the tensors that are
+really held, and `bits_per_weight` divides them by the number of weights, so that scales and zeros are always paid
+for.
 """
 
 import json
@@ -24,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qlearn import formats
-from qlearn.formats.integers import Integers, pack, unpack
+from qlearn.formats.integers import pack, packed_size, unpack
 
 _TENSORS = ("packed", "scales", "zeros", "column_scales")
 
@@ -38,7 +40,8 @@ class QuantizedTensor:
     format: the grid, with `.name`, `.bits` and `.decode(codes) -> float32`: Integers, FloatFormat or Codebook.
     shape: (rows, columns) of the matrix.
     block: (rows, columns) of the weights that share a scale; it divides the shape.
-    zeros: None; or uint8, one integer zero-point for each block packed at `format.bits` bits; or floating point, shaped as scales.
+    zeros: None; or uint8, one integer zero-point for each block packed at `format.bits` bits; or floating point,
+    shaped as scales.
     column_scales: None, or floating point (columns,).
 
     >>> import torch
@@ -150,7 +153,7 @@ class QuantizedTensor:
         return cls(format=format, shape=tuple(metadata["shape"]), block=tuple(metadata["block"]), **tensors)
 
     def save(self, path):
-        """Write a safetensors file: the tensors, and the metadata in its header.  An existing file is replaced at once or not at all."""
+        """Write a safetensors file, the metadata in its header; an existing file is replaced whole or not at all."""
         path = Path(path)
         unfinished = path.with_name(path.name + ".part")
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_tensors().items()}
@@ -164,12 +167,13 @@ class QuantizedTensor:
     def load(cls, path):
         """Read what `save` wrote.
 
-        Raises FileNotFoundError when there is no such file, and ValueError when it is truncated or was written by something else.
+        Raises FileNotFoundError when there is no such file, and ValueError when it is truncated or was written by
+        something else.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 header = (file.metadata() or {}).get("qlearn")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file ({error}); save the tensor again") from error
         known = {field.name for field in fields(cls)}
@@ -179,15 +183,6 @@ class QuantizedTensor:
 
     def __repr__(self):
         return f"QuantizedTensor({self.format.name}, shape={self.shape}, block={self.block})"
-
-
-def packed_size(count, bits):
-    """Bytes that `count` codes of `bits` bits fill.
-
-    >>> packed_size(5, 3)
-    2
-    """
-    return (count * bits + 7) // 8
 
 
 def _blocked(shape, block):

@@ -1,4 +1,4 @@
-"""QuantizedTensor: what is stored is what is counted, saved and read back; a damaged file is refused in one sentence."""
+"""QuantizedTensor: what is stored is counted, saved and read back; a damaged file is refused in one sentence."""
 
 import pytest
 import torch
@@ -22,7 +22,11 @@ def samples():
             torch.arange(64).view(4, 16) % 16, torch.rand(1, 1), FP4_E2M1, (4, 16), column_scales=torch.rand(16)
         ),
         QuantizedTensor.from_codes(
-            torch.arange(64).view(4, 16) % 4, torch.rand(4, 2), Integers(2, signed=False), (1, 8), zeros=torch.rand(4, 2)
+            torch.arange(64).view(4, 16) % 4,
+            torch.rand(4, 2),
+            Integers(2, signed=False),
+            (1, 8),
+            zeros=torch.rand(4, 2),
         ),
     ]
 

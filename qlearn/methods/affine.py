@@ -1,22 +1,24 @@
 """Absmax and zero-point: evenly spaced grids, the two methods every other one is measured against.
 
-Both lay a ruler over a block of weights. The distance between two rulings is the **scale**; a weight is stored as the number of the
-nearest ruling, and no error is larger than scale / 2, because the nearest ruling is never further away.
+Both lay a ruler over a block of weights. The distance between two rulings is the **scale**; a weight is stored as the
+number of the nearest ruling, and no error is larger than scale / 2, because the nearest ruling is never further away.
 
-    absmax        scale = max|w| / qmax                    code = round(w / scale)                w' = code * scale
-    zero-point    scale = (max - min) / (2**bits - 1)      code = round(w / scale) + zero         w' = (code - zero) * scale
+    absmax        scale = max|w| / qmax                  code = round(w / scale)          w' = code * scale
+    zero-point    scale = (max - min) / (2**bits - 1)    code = round(w / scale) + zero   w' = (code - zero) * scale
 
-Absmax is symmetric about zero. Of the 2**bits signed codes it leaves the lowest unused, so that a number and its negative get codes
-that are negatives of each other: qmax = 2**(bits - 1) - 1. Zero-point spends its codes on the interval that is really occupied, which
-pays when that interval is lopsided. Its `zero` is the code of the number 0; it is an integer inside the range, and the interval is widened
-to include 0 where it does not, so 0 itself always comes back as exactly 0.
+Absmax is symmetric about zero. Of the 2**bits signed codes it leaves the lowest unused, so that a number and its
+negative get codes
+that are negatives of each other: qmax = 2**(bits - 1) - 1. Zero-point spends its codes on the interval that is really
+occupied, which pays when that interval is lopsided. Its `zero` is the code of the number 0; it is an integer inside
+the range, and the interval is widened to include 0 where it does not, so 0 itself always comes back as exactly 0.
 
-**Clipping.** The interval need not reach the largest weight. `clip="percentile"` ends it at a percentile, and `clip="mse"` tries each
-fraction of the full interval from 100 % down to 1 % and keeps the one with the smallest squared error: a few weights are
-cut off so that all others get a finer ruler.
+**Clipping.** The interval need not reach the largest weight. `clip="percentile"` ends it at a percentile, and
+`clip="mse"` tries each fraction of the full interval from 100 % down to 1 % and keeps the one with the smallest
+squared error: a few weights are cut off so that all others get a finer ruler.
 
-**Scales are rounded up.** A scale is stored in 16 bits. Were it rounded down, the ruler would end just before the largest weight, and
-the bound of scale / 2 would fail; so it is rounded to the next float16 that is not smaller. A block of zeros gets scale 1.
+**Scales are rounded up.** A scale is stored in 16 bits. Were it rounded down, the ruler would end just before the
+largest weight, and the bound of scale / 2 would fail; so it is rounded to the next float16 that is not smaller. A
+block of zeros gets scale 1.
 """
 
 import torch
@@ -29,16 +31,16 @@ CLIPS = ("minmax", "percentile", "mse")
 FRACTIONS = torch.arange(100, 0, -1) / 100  # what clip="mse" tries, the full interval first so that a tie keeps it
 
 
-def absmax(
-    weight, bits=8, group_size=None, *, per="row", clip="minmax", percentile=99.9, scale_dtype=torch.float16
-):
+def absmax(weight, bits=8, group_size=None, *, per="row", clip="minmax", percentile=99.9, scale_dtype=torch.float16):
     """Quantize a matrix on an integer grid that is symmetric about zero.
 
     weight: (rows, columns), floating point.  bits: 2 to 8.
     group_size: consecutive weights of a row that share a scale; None leaves it to `per`: "row", "column" or "tensor".
-    clip: "minmax" covers every weight, "percentile" that share (in %) of each block, "mse" what gives the least squared error.
+    clip: "minmax" covers every weight, "percentile" that share (in %) of each block, "mse" what gives the least
+    squared error.
     Returns a QuantizedTensor of signed codes in -qmax ... qmax.
-    Raises ValueError for a weight that is not a finite matrix, for bits or group sizes out of range, for an unknown option.
+    Raises ValueError for a weight that is not a finite matrix, for bits or group sizes out of range, for an unknown
+    option.
 
     >>> qt = absmax(torch.tensor([[0.9, -0.31, 0.14, -0.02, 0.6]]), bits=3)
     >>> qt.codes().tolist(), qt.bits_per_weight
@@ -95,7 +97,7 @@ def store_scale(scale, dtype=torch.float16):
     scale: float32, not negative.  Raises ValueError when it is larger than `dtype` can hold.
 
     >>> store_scale(torch.tensor([0.1, 0.0, 1e-9])).tolist()
-    [0.0999755859375..., 1.0, 5.96...e-08]
+    [0.10003662109375, 1.0, 5.960464477539063e-08]
     """
     scale = torch.where(scale == 0, 1.0, scale)
     if (scale > torch.finfo(dtype).max).any():

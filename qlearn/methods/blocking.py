@@ -1,6 +1,7 @@
 """Cutting a weight matrix into the blocks that share a scale.
 
-A scale is set by the largest weight it has to cover, so the fewer weights share one, the finer the grid. What is gained is paid for
+A scale is set by the largest weight it has to cover, so the fewer weights share one, the finer the grid. What is
+gained is paid for
 in storage: a 16-bit scale costs 16 / n bits per weight when n weights share it.
 
     per="tensor"        one block, the whole matrix
@@ -20,21 +21,22 @@ def check_weight(weight):
     >>> check_weight([[1.0, float("inf")]])
     Traceback (most recent call last):
     ...
-    ValueError: the weight holds 1 value that is not finite (the first is inf at row 0, column 1); remove it before quantizing
+    ValueError: 1 of 2 weights are not finite, the first is inf at row 0, column 1; repair them first
     """
     weight = torch.as_tensor(weight).detach()
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix; reshape it to (rows, columns), neither zero")
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} is no matrix; reshape it to (rows, columns), neither zero"
+        )
     if not weight.is_floating_point():
         raise ValueError(f"a weight of dtype {weight.dtype} is not floating point; convert it with .float() first")
     weight = weight.float()
     broken = ~torch.isfinite(weight)
     if broken.any():
         row, column = broken.nonzero()[0].tolist()
-        count = int(broken.sum())
         raise ValueError(
-            f"the weight holds {count} value{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not finite (the first is "
-            f"{weight[row, column].item()} at row {row}, column {column}); remove {'them' if count > 1 else 'it'} before quantizing"
+            f"{int(broken.sum())} of {weight.numel()} weights are not finite, the first is {weight[row, column].item()} "
+            f"at row {row}, column {column}; repair them first"
         )
     return weight
 
@@ -50,9 +52,13 @@ def block_shape(shape, group_size=None, per="row"):
     rows, columns = shape
     if group_size is not None:
         if per != "row":
-            raise ValueError(f"group_size={group_size} cuts rows into groups, so it cannot be joined with per={per!r}; drop one")
+            raise ValueError(
+                f"group_size={group_size} cuts rows into groups, so it cannot be joined with per={per!r}; drop one"
+            )
         if not isinstance(group_size, int) or group_size < 1 or columns % group_size:
-            raise ValueError(f"group_size={group_size} does not divide the {columns} columns; choose a positive divisor")
+            raise ValueError(
+                f"group_size={group_size} does not divide the {columns} columns; choose a positive divisor"
+            )
         return 1, group_size
     shapes = {"tensor": (rows, columns), "row": (1, columns), "column": (rows, 1)}
     if per not in shapes:

@@ -20,9 +20,9 @@ library_name: transformers
 
 # The bundled model of qlearn
 
-A small language model that writes Python. It exists so that a course on quantization can run on a real model without downloading one:
-large enough that its perplexity and its text respond to quantization as those of large models do, small enough that a laptop evaluates
-it in seconds. It is a teaching aid, not a coding assistant.
+A small language model that writes Python. It exists so that a course on quantization can run on a real model without
+downloading one: large enough that its perplexity and its text respond to quantization as those of large models do,
+small enough that a laptop evaluates it in seconds. It is a teaching aid, not a coding assistant.
 
 | | |
 |---|---|
@@ -40,25 +40,27 @@ it in seconds. It is a teaching aid, not a coding assistant.
 | date, machine | {date}, one {gpu}, Python {python}, torch {torch}, transformers {transformers} |
 | command | `{command}` |
 | steps | {steps:,} of {tokens_per_step:,} tokens: {billions:.2f} billion tokens, {passes:.1f} passes over the corpus |
-| optimizer | AdamW, betas 0.9 and 0.95, weight decay 0.1, learning rate {learning_rate:g} after 150 steps of warm-up, then linearly to 0 |
+| optimizer | AdamW, betas 0.9 and 0.95, weight decay 0.1 |
+| learning rate | {learning_rate:g} after 150 steps of warm-up, then linearly to 0 |
 | time | {seconds:.0f} s |
 
 The loss curve is in `training.json`: the training loss every 25 steps, the held-out loss twelve times.
 
 ## Held-out text
 
-Twenty modules of the standard library were never trained on: {modules}.
-On their {held_tokens:,} tokens the perplexity is **{perplexity:.2f}**, in windows of 1,024 tokens; that is {bits_per_byte:.3f} bits per byte.
+Twenty modules of the standard library were never trained on: {modules}. On their {held_tokens:,} tokens the
+perplexity is **{perplexity:.2f}**, in windows of 1,024 tokens; that is {bits_per_byte:.3f} bits per byte.
 
 ## Limits
 
-It has seen nothing but Python. It imitates the look of good code, forgets what a function was for after a few lines, and invents names.
-It has not been aligned, filtered or tested for any use outside this course.
+It has seen nothing but Python. It imitates the look of good code, forgets what a function was for after a few lines,
+and invents names. It has not been aligned, filtered or tested for any use outside this course.
 
 ## Corpus
 
-{files:,} files, {megabytes:.0f} MB, {corpus_tokens:.1f} M tokens: the `.py` files of these packages, each under the permissive licence that it
-declares. Files with very long lines, very short or very long files, and exact duplicates were left out.
+{files:,} files, {megabytes:.0f} MB, {corpus_tokens:.1f} M tokens: the `.py` files of these packages, each under the
+permissive licence that it declares. Files with very long lines, very short or very long files, and exact duplicates
+were left out.
 
 | package | licence | files | MB |
 |---|---|---:|---:|

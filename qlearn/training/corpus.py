@@ -1,14 +1,15 @@
 """The corpus of the bundled model: Python source that is already on the machine.
 
-Every Python installation carries a corpus of good code: its standard library and the packages installed beside it. This module
-walks both, keeps the files a language model can learn from, and remembers where each came from, so that the model card can name
-every package with its version and licence.
+Every Python installation carries a corpus of good code: its standard library and the packages installed beside it.
+This module walks both, keeps the files a language model can learn from, and remembers where each came from, so that
+the model card can name every package with its version and licence.
 
 A file is kept when
 
-* its package has a permissive licence (MIT, BSD, Apache, PSF, ISC ...; nothing under a copyleft or a proprietary licence),
-* it has between 200 and 200,000 characters and its lines are shorter than 80 characters on average (longer ones are tables
-  and generated code), and
+* its package has a permissive licence (MIT, BSD, Apache, PSF, ISC ...; nothing under a copyleft or a proprietary
+licence),
+* it has between 200 and 200,000 characters and its lines are shorter than 80 characters on average (longer ones are
+  tables and generated code), and
 * no other file has the same bytes.
 
 Twenty modules of the standard library are held out: the model never sees them, and its perplexity is measured on them.
@@ -22,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT_MODULES = frozenset(
-    "argparse bisect calendar colorsys configparser contextlib csv dataclasses difflib fractions functools graphlib heapq "
-    "queue random sched shlex statistics string textwrap".split()
+    """argparse bisect calendar colorsys configparser contextlib csv dataclasses difflib fractions functools
+    graphlib heapq queue random sched shlex statistics string textwrap""".split()  # noqa: SIM905
 )
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|HPND|0BSD|Zlib|Unlicense|CC0)", re.I)
 RESTRICTED = re.compile(r"GPL|GNU|MPL|Mozilla|Proprietary|NVIDIA|EULA|Commercial", re.I)
@@ -103,7 +104,8 @@ def read(path):
 def collect():
     """The whole corpus of this machine.
 
-    Returns (files, sources): a list of SourceFile, and a list of {"package", "licence", "files", "characters"} for the model card.
+    Returns (files, sources): a list of SourceFile, and a list of {"package", "licence", "files", "characters"} for
+    the model card.
     """
     candidates = [(path, package, held_out) for path, package, held_out in standard_library()]
     licences = {candidates[0][1]: "PSF-2.0"} if candidates else {}
@@ -125,7 +127,9 @@ def summarize(files, licences):
     """Files and characters per package, in the order the packages were met."""
     rows = {}
     for file in files:
-        row = rows.setdefault(file.package, {"package": file.package, "licence": licences[file.package], "files": 0, "characters": 0})
+        row = rows.setdefault(
+            file.package, {"package": file.package, "licence": licences[file.package], "files": 0, "characters": 0}
+        )
         row["files"] += 1
         row["characters"] += len(file.text)
     return list(rows.values())

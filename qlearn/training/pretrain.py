@@ -4,12 +4,13 @@
 
 1. Collect the corpus (`corpus.py`): Python source with permissive licences, twenty standard-library modules held out.
 2. Train a byte-level BPE of 4,096 tokens with GPT-2's pre-tokenization, which every GGUF reader knows.
-3. Train a Llama of 7.3 M parameters: 8 layers of width 256, MLP 768, 4 heads that share 2 key-value heads, tied embeddings.
-   All of these are multiples of 128 or 256, so that every block format of the course fits without a remainder.
-4. AdamW, learning rate 3e-3 after a short warm-up, falling linearly to zero. The number of steps is measured: how many fit in the
-   seconds that were given. `--steps` fixes it instead, to repeat a run.
-5. Save bf16 safetensors and the tokenizer in transformers' own format, and `training.json`: the corpus, the settings, the loss
-   curve, the held-out perplexity, the machine.
+3. Train a Llama of 7.3 M parameters: 8 layers of width 256, MLP 768, 4 heads that share 2 key-value heads, tied
+   embeddings. All of these are multiples of 128 or 256, so that every block format of the course fits without a
+   remainder.
+4. AdamW, learning rate 3e-3 after a short warm-up, falling linearly to zero. The number of steps is measured: how
+   many fit in the seconds that were given. `--steps` fixes it instead, to repeat a run.
+5. Save bf16 safetensors and the tokenizer in transformers' own format, and `training.json`: the corpus, the settings,
+   the loss curve, the held-out perplexity, the machine.
 
 It needs a GPU: 400 seconds of an H200 are about two days of a laptop.
 """
@@ -20,7 +21,7 @@ import math
 import platform
 import random
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,9 @@ def train_tokenizer(texts):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -61,7 +64,7 @@ def encode(tokenizer, texts, chunk=512):
     stream = []
     for start in range(0, len(texts), chunk):
         for encoding in tokenizer.encode_batch(texts[start : start + chunk]):
-            stream.append(np.array([0] + encoding.ids, dtype=np.uint16))
+            stream.append(np.array([0, *encoding.ids], dtype=np.uint16))
     return np.concatenate(stream)
 
 
@@ -77,7 +80,7 @@ def make_model():
 
 
 def windows(stream, batch, generator):
-    """Yield batches of CONTEXT + 1 tokens for ever: each pass cuts the stream at a new offset and visits every window once."""
+    """Yield batches of CONTEXT + 1 tokens for ever; each pass has a new offset and each window once."""
     reach = torch.arange(CONTEXT + 1, device=stream.device)
     while True:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator))
@@ -123,8 +126,9 @@ def held_out_loss(model, stream, batch=32):
 def train(model, stream, held_out, seconds, steps=None, log_every=25):
     """Train in place.
 
-    stream, held_out: integer tensors of tokens on the GPU.  seconds: the budget from which the number of steps follows, when
-    `steps` is None.  Returns {"steps", "seconds", "curve": [{"step", "loss"}], "held_out_curve": [{"step", "loss"}]}.
+    stream, held_out: integer tensors of tokens on the GPU.  seconds: the budget from which the number of steps
+    follows, when `steps` is None.  Returns {"steps", "seconds", "curve": [{"step", "loss"}], "held_out_curve":
+    [{"step", "loss"}]}.
     """
     optimizer = make_optimizer(model)
     batches = windows(stream, TOKENS_PER_STEP // CONTEXT, torch.Generator().manual_seed(0))
@@ -157,7 +161,7 @@ def train(model, stream, held_out, seconds, steps=None, log_every=25):
         if step % log_every == 0:
             curve.append({"step": step, "loss": round(running.item() / log_every, 4)})
             running.zero_()
-        if planned and step % max(1, planned // 12) == 0 or step == planned:
+        if (planned and step % max(1, planned // 12) == 0) or step == planned:
             held_out_curve.append({"step": step, "loss": round(held_out_loss(model, held_out), 4)})
             print(step, curve[-1], held_out_curve[-1], f"{time.time() - started:.0f} s", flush=True)
     torch.cuda.synchronize()
@@ -177,7 +181,7 @@ def save(model, tokenizer, folder):
 def provenance():
     """Where and when a result was measured."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -217,7 +221,12 @@ def main(argv=None):
         "command": "python -m qlearn.training.pretrain " + f"--steps {run['steps']}",
         **provenance(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "corpus": {"files": len(learned), "characters": sum(map(len, learned)), "tokens": len(stream), "sources": sources},
+        "corpus": {
+            "files": len(learned),
+            "characters": sum(map(len, learned)),
+            "tokens": len(stream),
+            "sources": sources,
+        },
         "tokens_per_step": TOKENS_PER_STEP,
         "tokens_seen": run["steps"] * TOKENS_PER_STEP,
         "learning_rate": PEAK_LR,

@@ -1,4 +1,4 @@
-"""Absmax and zero-point: the error bound with a scale computed here, torch's own quantizers, and every edge that was a bug elsewhere."""
+"""Absmax and zero-point: the error bound with a scale computed here, torch's quantizers, and every known edge."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def spans(weight, layout):
 
 
 def half_step(weight, bits, layout, method):
-    """The largest error that is allowed: half of the float16 scale, and a few float32 roundings of numbers as large as the span."""
+    """The largest error allowed: half of the float16 scale, and a few float32 roundings of the span."""
     low, high = spans(weight, layout)
     if method == "absmax":
         span = np.maximum(-low, high)
@@ -49,14 +49,20 @@ def half_step(weight, bits, layout, method):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_error_exceeds_half_a_step(method, layout, bits):
-    for weight in (normal(), normal(seed=1) * 1e-3, normal(seed=2).abs(), -normal(seed=3).abs() - 5, normal(seed=4) ** 5):
+    for weight in (
+        normal(),
+        normal(seed=1) * 1e-3,
+        normal(seed=2).abs(),
+        -normal(seed=3).abs() - 5,
+        normal(seed=4) ** 5,
+    ):
         error = (quantize(weight, method, bits=bits, **layout).dequantize() - weight).abs().double().numpy()
         assert (error <= half_step(weight, bits, layout, method)).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_bound_is_reached(bits):
-    """A bound that is never nearly reached would hide a grid that is too fine (more bits stored than were asked for)."""
+    """A bound that is never nearly reached would hide a grid that is too fine: more bits than were asked for."""
     weight = normal(64, 4096)
     for method in METHODS:
         error = (quantize(weight, method, bits=bits).dequantize() - weight).abs().double().numpy()
@@ -76,7 +82,7 @@ def test_codes_use_the_range_they_own_and_no_more(method, bits):
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
 def test_absmax_agrees_with_torch(layout):
-    """torch.quantize_per_tensor/channel on the same scale; it multiplies by 1/scale, so only exact ties may fall otherwise."""
+    """On the same scale; torch multiplies by 1/scale, so only ties may fall otherwise."""
     weight = normal(32, 64)
     qt = absmax(weight, bits=8, scale_dtype=torch.float32, **layout)
     if layout["per"] == "tensor":
@@ -84,7 +90,9 @@ def test_absmax_agrees_with_torch(layout):
     else:
         axis = {"row": 0, "column": 1}[layout["per"]]
         scales = qt.scales.flatten().double()
-        theirs = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales), dtype=torch.long), axis, torch.qint8)
+        theirs = torch.quantize_per_channel(
+            weight, scales, torch.zeros(len(scales), dtype=torch.long), axis, torch.qint8
+        )
     ratio = (weight / qt.scales).double()
     tie = (ratio - ratio.floor() - 0.5).abs() < 1e-4
     assert torch.equal(qt.codes()[~tie], theirs.int_repr()[~tie])
@@ -165,7 +173,9 @@ def squared_error(row, method, bits, fraction):
     low, high = fraction * row.min().clamp(max=0), fraction * row.max().clamp(min=0)
     scale = (high - low) / qmax
     zero = (-low / scale).round()
-    return (((row / scale).round() + zero).clamp(0, qmax) - zero - row / scale).square().sum().item() * scale.item() ** 2
+    return (
+        ((row / scale).round() + zero).clamp(0, qmax) - zero - row / scale
+    ).square().sum().item() * scale.item() ** 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -238,7 +248,7 @@ def test_bad_arguments_are_named(method, arguments, message):
         (torch.zeros(0, 4), "is no matrix"),
         (torch.zeros(4), "is no matrix"),
         (torch.tensor([[1.0, float("nan")]]), "nan at row 0, column 1"),
-        (torch.tensor([[float("inf")] * 3]), "3 values that are not finite"),
+        (torch.tensor([[float("inf")] * 3]), "3 of 3 weights are not finite"),
         (torch.ones(2, 2, dtype=torch.int32), "torch.int32 is not floating point"),
         (torch.full((1, 4), 1e9), "does not fit torch.float16; pass scale_dtype=torch.float32"),
     ],

@@ -1,4 +1,4 @@
-"""The bundled model is what its card says: a record of a training run, in transformers' own format, small enough to ship."""
+"""The bundled model is what its card says: the record of a run, in transformers' own format, small enough to ship."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_it_fits_in_sixteen_megabytes():
 
 def test_the_weights_are_bf16_and_as_many_as_the_card_says(record):
     with safe_open(FOLDER / "model.safetensors", framework="pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118: not a dict
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - it is no dict
     assert {t.dtype for t in tensors} == {torch.bfloat16}
     assert sum(t.numel() for t in tensors) == record["parameters"]
     assert all(torch.isfinite(t).all() for t in tensors)

@@ -55,7 +55,11 @@ def test_a_licence_is_read_from_expression_classifier_or_text():
 
 
 def test_sources_add_up():
-    files = [corpus.SourceFile("abc", "a 1"), corpus.SourceFile("de", "b 2"), corpus.SourceFile("f", "a 1", held_out=True)]
+    files = [
+        corpus.SourceFile("abc", "a 1"),
+        corpus.SourceFile("de", "b 2"),
+        corpus.SourceFile("f", "a 1", held_out=True),
+    ]
     rows = corpus.summarize(files, {"a 1": "MIT", "b 2": "ISC"})
     assert rows == [
         {"package": "a 1", "licence": "MIT", "files": 2, "characters": 4},

@@ -1,0 +1,616 @@
+# %% [markdown]
+# # 01 · Bits: what a float can say
+#
+# **In 35 minutes** you will know what every bit of a floating-point number is for, from 32 bits down to 4, how a number is rounded
+# to one, what that does to long sums, and which of these formats our model survives. You need lesson 00.
+#
+# **The question.** Start at 0 and add 0.01, ten thousand times. After each addition the sum is stored in BF16, the 16-bit format in
+# which most language models are kept. The exact sum is 100. What does yours say at the end? Commit to a number before you go on.
+
+# %%
+import inspect
+import time
+
+import ml_dtypes
+import numba
+import numpy as np
+import torch
+
+import qlearn
+from qlearn import course
+from qlearn.formats.floats import BF16, E8M0, FORMATS, FP4_E2M1, FP8_E4M3FN, FP8_E5M2, FP16, FP32
+
+course.predict("0.01 added ten thousand times, the sum kept in BF16", low=0, high=120, key="bf16-sum")
+
+# %% [markdown]
+# ## By hand
+#
+# Write 6.5 in binary: 110.1. Move the point until one digit stands before it: 1.101 × 2². Every number but zero can be written like
+# this, so three things are worth storing, each in a **field** of its own:
+#
+# - the **sign**, 1 bit: 0 for plus;
+# - the **exponent**, here 2, stored as 2 + **bias**, so that negative exponents need no sign;
+# - the **mantissa**, the digits after the point, 101. The 1 in front is always there, so it is not stored: the **hidden 1**.
+#
+# FP16 has 5 bits of exponent, with bias 15, and 10 bits of mantissa.
+
+# %% tags=["nbval-check-output"]
+def bits_of(code, fmt):
+    """The bits of a code, a space between the fields."""
+    text = f"{code:0{fmt.bits}b}"
+    return " ".join([text[0], text[1 : 1 + fmt.exponent_bits], text[1 + fmt.exponent_bits :]])
+
+
+print("FP16  ", bits_of(FP16.encode(6.5), FP16), "  exponent field", 0b10001, "= 2 +", FP16.bias)
+print("E4M3  ", bits_of(FP8_E4M3FN.encode(6.5), FP8_E4M3FN), "         exponent field", 0b1001, "= 2 +", FP8_E4M3FN.bias)
+assert bits_of(FP16.encode(6.5), FP16) == "0 10001 1010000000" and bits_of(FP8_E4M3FN.encode(6.5), FP8_E4M3FN) == "0 1001 101"
+
+# %% [markdown]
+# The second line is an 8-bit float: 4 bits of exponent, 3 of mantissa, hence its name, **E4M3**. The same number, the same fields,
+# only narrower; 101 just fits.
+#
+# Most numbers do not fit. 0.3 is 1.2 × 2⁻². Three mantissa bits count eighths, 0.2 is 1.6 eighths, and the nearest whole number
+# of them is 2. So 0.3 becomes (1 + 2/8) × 2⁻² = 0.3125, and its code is 0 0101 010.
+
+# %% tags=["nbval-check-output"]
+x = np.array([6.5, 0.3, -0.3, 100.0, 0.01])
+codes = FP8_E4M3FN.encode(x)
+assert bits_of(codes[1], FP8_E4M3FN) == "0 0101 010" and FP8_E4M3FN.decode(codes[1]) == 0.3125
+course.table(original=x, codes=codes, reconstructed=FP8_E4M3FN.decode(codes), decimals=4)
+
+# %% [markdown]
+# From left to right: exact, rounded, rounded (the codes of 0.3 and −0.3 differ by 128, the sign bit), rounded from 100 to 104, and a
+# small number that needs a rule of its own.
+#
+# With a hidden 1 in front, nothing could be zero. So exponent field 0 is special: there the hidden digit is 0, and the power is that of
+# exponent field 1. Such numbers are called **subnormal**.
+#
+# | exponent field | value |
+# |---|---|
+# | above 0: **normal** | (−1)^sign × 2^(exponent − bias) × (1 + mantissa / 2^m) |
+# | 0: zero or **subnormal** | (−1)^sign × 2^(1 − bias) × (0 + mantissa / 2^m) |
+
+# %% tags=["nbval-check-output"]
+def decode_one(code, fmt):
+    """The value formula, for one code of a format without infinity and NaN."""
+    sign, exponent = code >> (fmt.bits - 1), code >> fmt.mantissa_bits & 2**fmt.exponent_bits - 1
+    fraction = code % 2**fmt.mantissa_bits / 2**fmt.mantissa_bits
+    power, hidden = (exponent, 1) if exponent > 0 else (1, 0)
+    return (-1.0) ** sign * 2.0 ** (power - fmt.bias) * (hidden + fraction)
+
+
+values = [decode_one(code, FP4_E2M1) for code in range(16)]
+print(values)
+assert values == FP4_E2M1.decode(range(16)).tolist()
+
+# %% [markdown]
+# That is a whole format: **E2M1**, four bits, sixteen codes. One of the codes is subnormal, 0.5, and one is **−0.0**. It
+# equals 0.0 and still has a sign, because the sign is a bit of its own.
+#
+# ## What the top codes mean
+#
+# The last codes of a format are a matter of agreement. Here are the four topmost positive ones of four formats.
+
+# %% tags=["nbval-check-output"]
+for fmt in (FP16, FP8_E5M2, FP8_E4M3FN, FP4_E2M1):
+    top = 2 ** (fmt.bits - 1)
+    print(f"{fmt.name:11} ...", *(f"{value:>7g}" for value in fmt.decode(np.arange(top - 4, top))), "  largest:", fmt.max)
+
+assert FP8_E5M2.max == 57344 == 1.75 * 2**15 and FP8_E4M3FN.max == 448 == 1.75 * 2**8
+assert -0.0 == 0.0 and float("nan") != float("nan")
+
+# %% [markdown]
+# IEEE 754 reserves the highest exponent: with mantissa 0 it is **infinity**, the result of what is too large, else **NaN**, "not a
+# number", the result of 0/0, which does not even equal itself. FP16 and E5M2 follow it.
+#
+# In 8 bits that is dear: E4M3 would lose eight positive codes and end at 240. So its makers kept a single code for NaN, gave up
+# infinity, and the rest of the top **binade** (the numbers between two powers of two) holds numbers, up to 448. The full name
+# E4M3FN says it: finite, with NaN. In 4 and 6 bits nothing at all is reserved.
+
+# %% tags=["nbval-check-output"]
+ieee_top = FP8_E4M3FN.decode(0b0_1110_111)  # the largest number if exponent field 1111 were reserved
+assert ieee_top == 240
+print(f"kept for NaN: {np.isnan(FP8_E4M3FN.decode(FP8_E4M3FN.codes)).sum()} of 256 codes; won: {ieee_top:g} -> {FP8_E4M3FN.max:g}")
+
+# %% [markdown]
+# ## Drag it: every bit a button
+#
+# Click the bits. Three questions before you do: what does it do to a normal number to raise the exponent field by one? To flip the
+# lowest bit of the mantissa? And in BF16, which field do you have to touch to get from 1 to something above 10³⁰?
+
+# %%
+explorer = course.widgets.BitExplorer("fp8_e4m3fn", "0.3")
+explorer
+
+# %% [markdown]
+# **What you should have seen.** One more in the exponent field doubles the number. The lowest bit of the mantissa moves it by one **ulp**,
+# the unit in the last place: the step to the neighbour, shown below the formula. And the exponent does the travelling: one bit of
+# BF16, the top one of its exponent, takes 1 to infinity, and the others go up by 2, 4, 16, 256 and so on.
+
+# %% tags=["nbval-check-output"]
+one, third = BF16.encode(1.0), FP8_E4M3FN.encode(0.3)
+assert FP8_E4M3FN.decode(third + 8) == 2 * FP8_E4M3FN.decode(third)
+assert FP8_E4M3FN.decode(third ^ 1) - FP8_E4M3FN.decode(third) == FP8_E4M3FN.ulp(0.3) == 0.03125
+print("1.0 in BF16:", bits_of(one, BF16), "  with the top bit of the exponent set:", BF16.decode(one | 1 << 14))
+
+# %% [markdown]
+# ## The number line
+#
+# Integers are spaced evenly. Floats are not: each binade holds the same number of values, whether it is between 2 and 4 or between
+# 1/2 and 1, so they crowd around zero. Here are the positive numbers of three formats; INT4 is for comparison.
+
+# %%
+course.widgets.number_line("fp4_e2m1", "fp6_e2m3", "fp8_e4m3fn", "int4", negative=False, limit=8)
+
+# %% tags=["nbval-check-output"]
+finite = FP8_E4M3FN.decode(FP8_E4M3FN.codes)
+finite = finite[np.isfinite(finite)]
+share = np.mean(np.abs(finite) <= 1)
+print(f"{share:.0%} of E4M3's codes lie between -1 and 1, though it reaches to {finite.max():g}")
+
+# %% [markdown]
+# The price of that is the ulp: it doubles with every binade. Below, ulp against magnitude. Each line is a staircase with the same slope, because
+# the *relative* precision is the same everywhere, until the subnormals: there the step stops shrinking. Two bits of mantissa
+# more lower the staircase by a factor of four; one bit of exponent more doubles its length.
+
+# %%
+picture, axes = course.plots.figure(
+    8, 3.6, alt="Ulp against magnitude: staircases for FP16, BF16, E4M3 and E5M2, and a flat line for INT8 with scale 1/127."
+)
+x = np.exp2(np.linspace(-20, 17, 4000))
+for fmt, label in ((BF16, "BF16"), (FP16, "FP16"), (FP8_E4M3FN, "E4M3"), (FP8_E5M2, "E5M2")):
+    inside = x[(x >= fmt.smallest_subnormal) & (x <= fmt.max)]
+    axes.loglog(inside, fmt.ulp(inside), base=2, label=label)
+axes.loglog([1 / 127, 1], [1 / 127, 1 / 127], base=2, label="INT8, scale 1/127")
+axes.set(xlabel="magnitude of the number", ylabel="ulp: step to the next")
+axes.legend(ncols=2)
+picture
+
+# %% [markdown]
+# ## The ladder
+#
+# Encoding, the other way round, means: find the code whose value is nearest, and of two that are equally near take the even one.
+# As a program that is one line, and it compares every number with all values of E4M3.
+
+# %%
+magnitudes = FP8_E4M3FN.decode(np.arange(127)).tolist()  # code 127 is NaN
+
+
+def encode_loop(x):
+    """The definition, for positive numbers."""
+    return [min(range(127), key=lambda code: (abs(magnitudes[code] - value), code % 2)) for value in x.tolist()]
+
+
+weights = np.abs(np.random.default_rng(0).normal(0, 0.07, 1000)).astype(np.float32)
+encode_loop(weights[:8])
+
+# %% [markdown]
+# NumPy can do it without a search. A float32 already has the right shape: a sign, an exponent, and 23 bits of mantissa, where E4M3 has 3.
+# So drop 20 bits; more for subnormals. To round and not cut, first add just under half of what is dropped, and one more if
+# the last bit that stays is a 1: then a tie goes to the even neighbour. A carry out of the mantissa runs into the exponent,
+# where it belongs.
+
+# %%
+def encode_bits(x):
+    """float32 (finite) -> E4M3 codes by integer arithmetic; saturates."""
+    bits = x.view(np.uint32).astype(np.int64)
+    exponent = (bits >> 23 & 0xFF) - 127
+    significand = bits & 0x7FFFFF | 0x800000  # 24 bits, the hidden 1 on top
+    drop = 20 + np.clip(-6 - exponent, 0, 11)  # below 2**-6 lie the subnormals
+    last = significand >> drop & 1
+    kept = significand + (1 << drop - 1) - 1 + last >> drop
+    code = kept + (np.maximum(exponent, -6) + 6 << 3)
+    return (np.minimum(code, 126) | bits >> 31 << 7).astype(np.uint8)
+
+
+assert encode_bits(weights).tolist() == encode_loop(weights)
+
+# %% [markdown]
+# Each of these lines makes an array as long as the input. Numba compiles the same arithmetic into one pass over the numbers.
+
+# %%
+@numba.njit
+def encode_numba(x):
+    codes = np.empty(x.size, np.uint8)
+    for i, bits in enumerate(x.view(np.uint32)):
+        exponent = np.int64(bits >> 23 & 0xFF) - 127
+        significand = np.int64(bits & 0x7FFFFF | 0x800000)
+        drop = 20 + min(max(-6 - exponent, 0), 11)
+        kept = (significand + (1 << (drop - 1)) - 1 + (significand >> drop & 1)) >> drop
+        codes[i] = min(kept + ((max(exponent, -6) + 6) << 3), 126) | (bits >> 31 << 7)
+    return codes
+
+
+many = np.random.default_rng(1).normal(0, 0.07, 500_000).astype(np.float32)
+assert np.array_equal(encode_numba(many), encode_bits(many))
+
+
+# %%
+def timed(function, x):
+    began = time.perf_counter()
+    function(x)
+    return 1e9 * (time.perf_counter() - began) / x.size
+
+
+for function, x in ((encode_loop, weights), (encode_bits, many), (encode_numba, many), (FP8_E4M3FN.encode, many)):
+    print(f"{function.__name__:14} {timed(function, x):10.1f} ns a number")
+
+# %% [markdown]
+# The package's own `encode`, the last line, serves every format from FP32 to E2M1, so it counts in steps rather than in bits: divide
+# by the ulp, round to a whole number, add the steps of all binades below. That works because the codes of positive floats, read as
+# integers, are in the order of the numbers.
+
+# %%
+assert np.array_equal(FP8_E4M3FN.encode(many), encode_bits(many))
+course.source_of(inspect.unwrap(FP8_E4M3FN._encode))
+
+# %% [markdown]
+# ## Parity
+#
+# `ml_dtypes` is the library in which JAX and NumPy get their small floats; it was written by other people. All codes of seven formats
+# must decode to the same numbers, and every finite FP16 number must get the same code.
+
+# %% tags=["nbval-check-output"]
+peers = {"bf16": "bfloat16", "fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "fp6_e3m2": "float6_e3m2fn"}
+peers |= {"fp6_e2m3": "float6_e2m3fn", "fp4_e2m1": "float4_e2m1fn", "e8m0": "float8_e8m0fnu"}
+halves = FP16.decode(FP16.codes)
+halves = halves[np.isfinite(halves)]
+for name, peer in peers.items():
+    fmt, dtype = FORMATS[name], getattr(ml_dtypes, peer)
+    assert np.array_equal(fmt.decode(fmt.codes), fmt.codes.view(dtype).astype(np.float32), equal_nan=True)
+    assert np.array_equal(fmt.encode(halves), halves.astype(dtype).view(fmt.codes.dtype))
+    print(f"{name:11} {fmt.codes.size:6,} codes decoded, {halves.size:,} numbers encoded: equal bit for bit")
+
+# %% [markdown]
+# ## Three ways to round
+#
+# To the **nearest** value; a tie goes to the even code. Toward **zero**: cut off. **Stochastic**: up or down by chance, and the
+# nearer a value, the likelier. Why should ties be even? If they always went up, a long column of halves would come out too
+# large. To the even neighbour, half of them go up and half down.
+
+# %% tags=["nbval-check-output"]
+halves_only = np.arange(10_000) + 0.5
+print("mean error, ties up:     ", np.mean(np.floor(halves_only + 0.5) - halves_only))
+print("mean error, ties to even:", np.mean(np.round(halves_only) - halves_only))
+
+# %% [markdown]
+# Try the three modes. Before you do: in E2M1, where does 2.5 go, where does 5? And with stochastic rounding, what are the chances of
+# 2.25?
+
+# %%
+line = course.widgets.number_line_explorer("fp4_e2m1")
+line
+
+# %% [markdown]
+# **What you should have seen.** 2.5 is a tie between 2 (code 4) and 3 (code 5) and goes to 2. 5 is a tie between 4 (code 6) and 6 (code 7) and goes to
+# 4. With stochastic rounding 2.25 goes to 3 in one of four cases and to 2 in the others, so that on average it stays 2.25. Rounding
+# toward zero shifts the whole cell to one side: every number loses, none gains.
+
+# %% tags=["nbval-check-output"]
+assert FP4_E2M1.round(2.5) == 2 and FP4_E2M1.encode(2.5) == 4 and FP4_E2M1.round(5.0) == 4 and FP4_E2M1.encode(5.0) == 6
+for mode in ("nearest", "zero", "stochastic"):
+    rounded = FP4_E2M1.round(np.full(100_000, 2.25), mode=mode, seed=0)
+    print(f"{mode:10} 2.25 becomes on average {rounded.mean():.2f}")
+
+# %% [markdown]
+# ## The long sum
+#
+# Now your question. Each line adds 0.01 ten thousand times and stores the sum after every addition. The stochastic one does it a hundred
+# times over, side by side.
+
+# %%
+def running_sum(fmt, mode, sums=1):
+    """The sum after each of 10,000 additions of 0.01: (10000, sums)."""
+    generator, total, path = np.random.default_rng(0), np.zeros(sums), []
+    for _ in range(10_000):
+        total = fmt.round(total + 0.01, mode=mode, seed=generator)
+        path.append(total)
+    return np.stack(path)
+
+
+paths = {mode: running_sum(BF16, mode) for mode in ("nearest", "zero")} | {"stochastic": running_sum(BF16, "stochastic", 100)}
+course.reveal("bf16-sum", paths["nearest"][-1, 0])
+
+# %% tags=["nbval-check-output"]
+assert paths["nearest"][-1] == 4 and paths["zero"][-1] == 2
+assert BF16.ulp(3.9) / 2 < 0.01 < BF16.ulp(4.0) / 2 and BF16.ulp(1.9) < 0.01 < BF16.ulp(2.0)
+print(f"nearest 4, toward zero 2, stochastic {paths['stochastic'][-1].mean():.0f} on average of 100 sums; exact 100")
+
+# %% [markdown]
+# At 4 the ulp of BF16 is 1/32. Adding 0.01 is less than half of that, so the sum rounds back to 4, every time, for ever. Toward zero it
+# ends even earlier, at 2, where 0.01 is less than one whole ulp: the bias of cutting off has eaten a part of every addition.
+# Stochastic rounding loses nothing *on average*: one addition in three succeeds, and then it adds a whole step.
+#
+# This is why a training step in BF16 keeps its weights or its sums in FP32, or rounds them stochastically.
+
+# %%
+picture, axes = course.plots.figure(
+    8, 3.4, alt="Running sums of 0.01 in BF16: nearest stops at 4, toward zero at 2, stochastic sums follow the exact line to 100."
+)
+axes.plot(paths["stochastic"][:, :20], color=course.plots.PALETTE["sky"], linewidth=0.7)
+axes.plot([], color=course.plots.PALETTE["sky"], label="stochastic, 20 sums")
+axes.plot([0, 10_000], [0, 100], "--", color=course.plots.COLORS["marker"], label="exact")
+axes.plot(paths["nearest"], color=course.plots.PALETTE["vermillion"], label="nearest")
+axes.plot(paths["zero"], color=course.plots.PALETTE["purple"], label="toward zero")
+axes.set(xlabel="additions of 0.01", ylabel="sum kept in BF16")
+axes.legend()
+picture
+
+# %% [markdown]
+# ## Rounding twice
+#
+# Is a detour harmless, from FP32 to FP16 and from there to E4M3? Take a number a hair above a tie. The direct way goes up. In FP16
+# the hair is lost, the tie is exact, and it goes to the even neighbour below. Two correct roundings make one wrong one.
+
+# %% tags=["nbval-check-output"]
+x = 1 + 1 / 16 + 1 / 4096  # 1 and 1.125 are neighbours in E4M3
+print("directly:", FP8_E4M3FN.round(x), "  by way of FP16:", FP8_E4M3FN.round(float(FP16.round(x))))
+wrong = np.mean(FP8_E4M3FN.round(BF16.round(many)) != FP8_E4M3FN.round(many))
+print(f"by way of BF16, {wrong:.1%} of normally distributed numbers end up elsewhere")
+
+# %% [markdown]
+# ## BF16 and FP16
+#
+# Both have 16 bits. BF16 is FP32 with the lower 16 bits gone: all of its range, 8 bits of exponent, but only 7 of mantissa. FP16 has 10
+# of mantissa, eight times finer, and 5 of exponent: it ends at 65,504.
+#
+# "Gone" is not the right word: to cut the bits off is to round toward zero. In units of the ulp:
+
+# %% tags=["nbval-check-output"]
+magnitude = np.abs(many)
+cut = (magnitude.view(np.uint32) >> 16 << 16).view(np.float32)
+assert np.array_equal(cut, BF16.round(magnitude, mode="zero"))
+for name, rounded in (("cut off", cut), ("to nearest", BF16.round(magnitude))):
+    error = (rounded - magnitude) / BF16.ulp(magnitude)
+    print(f"{name:11} mean error {error.mean() + 0.0:5.2f} ulp, largest {np.abs(error).max():.2f} ulp")
+
+# %% [markdown]
+# ## On the model: what it holds
+#
+# Which of the two suits our model? Collect three kinds of numbers: its **weights**; the **activations** that enter its linear layers; and
+# the **gradients** that come back to their outputs when it is trained, here on 128 tokens. A hook is a function that torch calls
+# with what passes through a layer.
+
+# %%
+from qlearn.models.quantize import linear_layers
+
+model, tokenizer = qlearn.load_model()
+layers = linear_layers(model)
+numbers = {"weights": [layer.weight for layer in layers.values()], "activations": [], "gradients": []}
+
+
+def listen(layer, inputs, output):
+    numbers["activations"].append(inputs[0])
+    output.register_hook(numbers["gradients"].append)
+
+
+hooks = [layer.register_forward_hook(listen) for layer in layers.values()]
+model.get_input_embeddings().requires_grad_()
+ids = tokenizer(qlearn.evaluate.evaluation_text()[:2000], return_tensors="pt").input_ids[:, :128]
+model(ids, labels=ids).loss.backward()
+for hook in hooks:
+    hook.remove()
+numbers = {kind: torch.cat([t.detach().flatten() for t in tensors]) for kind, tensors in numbers.items()}
+
+# %% [markdown]
+# Each curve below says how many of the numbers lie in each binade. The bars under them are the formats' ranges: black where numbers have
+# full precision, grey the subnormals.
+
+# %%
+picture, axes = course.plots.figure(
+    8, 4.2, alt="Shares of weights, activations and gradients by power of two, above bars with the ranges of four formats."
+)
+edges = np.arange(-40, 19)
+for kind, x in numbers.items():
+    axes.stairs(np.histogram(np.log2(x[x != 0].abs()), edges)[0] * 100 / x.numel(), edges, label=kind, linewidth=2)
+for row, (fmt, label) in enumerate(((BF16, "BF16"), (FP16, "FP16"), (FP8_E4M3FN, "E4M3"), (FP8_E5M2, "E5M2"))):
+    low, normal, high = np.clip(np.log2([fmt.smallest_subnormal, fmt.smallest_normal, fmt.max]), -40, 18)
+    axes.hlines(-3 - 2.5 * row, normal, high, color=course.plots.COLORS["marker"], linewidth=5)
+    axes.hlines(-3 - 2.5 * row, low, normal, color="#AAAAAA", linewidth=5)
+    axes.text(18.5, -3 - 2.5 * row, label, va="center")
+axes.set(xlabel="magnitude, as a power of two", ylabel="share of the numbers, %", xlim=(-40, 18), yticks=[0, 5, 10, 15, 20])
+axes.legend(loc="upper left")
+picture
+
+# %% [markdown]
+# Weights sit in a narrow hill around 2⁻⁴; FP16 covers nearly all of it. Our model is stored in BF16, so BF16 changes nothing.
+
+# %% tags=["nbval-check-output"]
+w = numbers["weights"]
+for fmt in (BF16, FP16):
+    rounded = fmt.round(w)
+    zeros, infinite = (rounded == 0).sum(), torch.isinf(rounded).sum()
+    print(f"{fmt.name}: of {w.numel():,} weights {(rounded != w).sum()} change, {zeros} become 0, {infinite} become infinite")
+
+# %% [markdown]
+# No weight is too large, and a handful are too small. So FP16 is safe? Look inside. The **residual stream** is the vector that each
+# layer adds to; every layer begins with a normalization (RMSNorm) that squares it. And at the first token of a text a few of its
+# entries are huge, in this model as in large ones.
+
+# %% tags=["nbval-check-output"]
+ids = tokenizer('"""Count the words of a text."""', return_tensors="pt").input_ids
+with torch.no_grad():
+    residual = torch.stack(model(ids, output_hidden_states=True).hidden_states)
+largest = residual.abs().max().item()
+print(f"largest entry {largest:.0f}; its square {largest**2:,.0f}; largest number of FP16 {FP16.max:,.0f}")
+print("the square in FP16:", (residual.half() ** 2).max().item(), "  in BF16:", (residual.bfloat16() ** 2).max().item())
+assert largest < FP16.max < largest**2
+
+# %% [markdown]
+# The entry fits, its square does not. That is why implementations of RMSNorm convert to FP32 first, and why models that were trained in BF16
+# sometimes answer NaN when they are loaded in FP16: not the weights are at fault, but what is computed from them.
+#
+# ## Why FP8 has two layouts
+#
+# Now look at the green hill, the gradients: it lies far to the left, and it is wide. How much of it would become zero?
+
+# %%
+flushed = {}
+for fmt in (FP16, FP8_E5M2, FP8_E4M3FN):
+    x = numbers["gradients"]
+    x = x[x != 0]
+    scale = x.abs().max() / fmt.max  # one for all of them
+    flushed[fmt] = [(fmt.round(x / s) == 0).float().mean().item() for s in (1, scale)]
+    print(f"{fmt.name:11} gradients that become zero: {flushed[fmt][0]:6.1%} as they are, {flushed[fmt][1]:6.2%} with a scale")
+assert flushed[FP8_E4M3FN][0] > 0.9 and flushed[FP8_E4M3FN][1] > 20 * flushed[FP8_E5M2][1]
+
+# %% [markdown]
+# As they are, E4M3 loses nearly all of them. A **scale** helps: divide by it before encoding and multiply by it after decoding, so that the
+# largest gradient becomes the largest number of the format. Even so, E4M3 spans too few binades for the whole hill; E5M2, with one more
+# bit of exponent, spans nearly twice as many, and pays with a mantissa bit.
+#
+# So the usual division of labour is E4M3 for weights and activations, whose hills are narrow, and E5M2 for gradients. It
+# is a compromise, not a law: with scales for small groups of numbers, some recipes train in E4M3 throughout.
+
+# %% tags=["nbval-check-output"]
+for fmt in (FP8_E4M3FN, FP8_E5M2):
+    binades = np.log2(fmt.max / fmt.smallest_subnormal)
+    x = numbers["weights"]
+    error = ((fmt.round(x) - x) / x).abs().median().item()
+    print(f"{fmt.name:11} {binades:4.1f} binades from the smallest number to the largest; median error of a weight {error:.1%}")
+
+# %% [markdown]
+# ## The scale is a number too
+#
+# The shorter the range, the more a format needs a scale. Unscaled, this share of our weights becomes exactly zero:
+
+# %% tags=["nbval-check-output"]
+w = numbers["weights"]
+for name in ("fp8_e5m2", "fp8_e4m3fn", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1"):
+    fmt = FORMATS[name]
+    print(f"{name:11} {(fmt.round(w) == 0).float().mean().item():6.1%}   smallest number {fmt.smallest_subnormal:g}")
+
+# %% [markdown]
+# A scale has to be stored as well. There is a format for nothing but that: **E8M0**, eight bits of exponent and no others. It has no
+# sign, no mantissa, not even a zero, only powers of two. Multiplying by a power of two is exact: it moves the exponent and
+# leaves the mantissa alone. Later lessons give every 32 weights such a scale. Here, one 16-bit scale for each row of a matrix
+# is enough.
+
+# %% tags=["nbval-check-output"]
+print([E8M0.decode(code) for code in (126, 127, 128, 129)], "  3.3 becomes", E8M0.round(3.3))
+assert np.array_equal(E8M0.decode(np.arange(255)), np.exp2(np.arange(255) - 127.0).astype(np.float32))
+
+# %% [markdown]
+# ## On the model: which casts survive?
+#
+# `store` puts a matrix into a format: codes packed to their true width, one scale for each row so that its largest weight becomes the
+# format's largest number. What comes out is a `QuantizedTensor`, which lesson 02 opens.
+
+# %%
+from qlearn.formats.integers import pack
+from qlearn.models import QuantLinear
+from qlearn.tensor import QuantizedTensor
+
+
+def store(weight, fmt, scaled=True):
+    rows, columns = weight.shape
+    scale = (weight.abs().amax(1, keepdim=True) / fmt.max).half() if scaled else torch.ones(1, 1).half()
+    codes = fmt.encode(weight / scale, overflow="saturate")
+    return QuantizedTensor(pack(codes.flatten(), fmt.bits), scale, fmt, (rows, columns), (rows // len(scale), columns))
+
+
+def cast(fmt, scaled=True):
+    """The model with every linear layer in a format. 16-bit ones are simulated: rounded, but kept in float32."""
+    model, _ = qlearn.load_model()
+    for name, layer in linear_layers(model).items():
+        if fmt.bits == 16:
+            layer.weight.data = fmt.round(layer.weight)
+        else:
+            model.set_submodule(name, QuantLinear(store(layer.weight, fmt, scaled)))
+    return model
+
+# %% [markdown]
+# Predict before you run it. Two of the candidates are E5M2, with eight bits, and E2M3, with six. Which of them stays
+# closer to the original model?
+
+# %%
+model, tokenizer = qlearn.load_model()
+reference = qlearn.evaluate.Reference(model, tokenizer, tokens=4096)
+rows = {}
+for name in ("fp16", "fp8_e4m3fn", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"):
+    # E5M2 reaches far enough without a scale; in FP16 its scale would be a subnormal number.
+    scaled = name != "fp8_e5m2"
+    rows[name] = qlearn.evaluate.report(cast(FORMATS[name], scaled), tokenizer, reference, name=name)
+qlearn.evaluate.table(rows.values())
+
+# %% [markdown]
+# This is a part of the evaluation text, 4,096 tokens. BF16 is not in the table because it is what the model is stored in: it would
+# change no weight.
+
+# %% tags=["nbval-check-output"]
+kld = {name: row.kl_divergence for name, row in rows.items()}
+assert kld["fp16"] < 1e-4 and kld["fp6_e2m3"] < kld["fp8_e5m2"] / 2
+for mantissa_bits in (10, 3, 2, 1):
+    print(f"{mantissa_bits:2} bits of mantissa:", *(name for name in kld if FORMATS[name].mantissa_bits == mantissa_bits))
+three, two, one = ([kld[n] for n in kld if FORMATS[n].mantissa_bits == m] for m in (3, 2, 1))
+assert 2 * max(three) < min(two) and 3 * max(two) < min(one)
+
+# %% [markdown]
+# All of them write Python still. And the divergence sorts them **by bits of mantissa**, not by bits: E2M3 with six bits is ahead of E5M2
+# with eight. Within a row, weights span few binades. Once a scale has put them in the right place, exponent bits buy
+# nothing more, and mantissa bits halve the error each.
+#
+# And without the scale?
+
+# %%
+unscaled = qlearn.evaluate.report(cast(FORMATS["fp6_e2m3"], scaled=False), tokenizer, reference, name="fp6_e2m3, no scale")
+assert unscaled.kl_divergence > 100 * kld["fp6_e2m3"]
+unscaled
+
+# %% [markdown]
+# ## The board
+#
+# Bits per weight count the scale of each row: 16 bits shared by 256 weights or more.
+
+# %%
+course.board.add("unquantized", 16, np.log(reference.perplexity))
+for name, row in rows.items():
+    course.board.add(f"{name} cast", row.bits_per_weight, np.log(row.perplexity))
+course.board.show()
+
+# %% [markdown]
+# ## Find the bug
+#
+# Three encoders for E4M3 were handed in, each with one bug. You get no code, only the errors they make on the weights of our model: by
+# how much each **magnitude** came out too large or too small, in ulps. A right encoder stays between −½ and ½, as full on the
+# left as on the right.
+
+# %%
+suspects = [course.tasks.get("bits.encode").mutants[i] for i in (1, 3, 0)]
+sample = numbers["weights"][::100].numpy()
+picture, axes = course.plots.figure(9, 3, columns=3, sharey=True, alt="Error histograms of three broken encoders, in ulps.")
+for letter, suspect, ax in zip("ABC", suspects, axes):
+    decoded = FP8_E4M3FN.decode(suspect.function(sample, FP8_E4M3FN))
+    error = (np.abs(decoded) - np.abs(sample)) / FP8_E4M3FN.ulp(sample)
+    ax.hist(error, bins=np.arange(-2.0625, 1.1, 0.125), weights=np.full(error.size, 100 / error.size))
+    ax.set(title=letter, xlabel="error of the magnitude, ulp")
+axes[0].set_ylabel("share of weights, %")
+picture
+
+# %% [markdown]
+# Decide for each before you read on. Which one cuts off? Which one forgot something about small numbers? And one is nearly right: what do the
+# errors of exactly ±½ say?
+#
+# <details><summary>How to tell</summary>
+#
+# **C** has no error above 0: every magnitude came out smaller, by anything up to a whole ulp. It cuts off. **B** looks right in the middle,
+# but has a tail on the left, errors of more than one ulp downward: small numbers have become zero, the subnormals are
+# missing. **A** has a bar at +½ and none at −½: its ties all go away from zero. Ties are not rare here, since our weights came from
+# BF16: of its 7 mantissa bits 4 are dropped, so one weight in 16 is a tie.
+#
+# </details>
+
+# %%
+for letter, suspect in zip("ABC", suspects):
+    print(f"{letter}: {suspect.name}. {suspect.explanation}")
+
+# %% [markdown]
+# ## What you can now do
+#
+# - Read any float, 32 bits or 4: sign, exponent, mantissa, hidden 1, subnormals, and what the top codes mean.
+# - Say how large the step is at a number, and foresee when a long sum stops growing.
+# - Round to the nearest even, toward zero and by chance, and say which one a sum, a cast or a training step needs.
+# - Choose: BF16 for range, FP16 for precision; E4M3 where the hill is narrow, E5M2 where it is wide; a scale first, then mantissa bits.
+#
+# Now write it yourself: [exercise 01](../exercises/01_bits.ipynb). Your own encoder will drive the buttons. After that,
+# [lesson 02](02_absmax.ipynb) drops the exponent altogether: integers, and a scale that does all the travelling.

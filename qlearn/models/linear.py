@@ -1,0 +1,61 @@
+"""A linear layer whose weight stays quantized.
+
+    y = x W^T + b        with W = dequantize(codes, scales, ...) made anew in every forward pass, and dropped after it
+
+Between two passes only the packed tensors exist, so the memory is really saved. This layer is plain: it spends time to unpack the
+matrix, where a fast one multiplies with the codes directly. What it computes is exactly F.linear with the dequantized weight.
+
+The tensors are buffers, so `state_dict()`, `load_state_dict()` and `.to(device)` do what they do for any module. With one exception:
+a change of dtype (`model.half()`, `model.to(torch.bfloat16)`) leaves them alone. A scale that is stored as float16 is part of a
+format, and rounding it to another type would silently change every weight it belongs to.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from qlearn.tensor import QuantizedTensor
+
+
+class QuantLinear(nn.Module):
+    """Takes the place of nn.Linear.
+
+    quantized: QuantizedTensor (out_features, in_features).  bias: tensor (out_features,) or None, kept in its own dtype.
+
+    >>> import qlearn, torch
+    >>> layer = QuantLinear(qlearn.quantize(torch.eye(4), "absmax", bits=4))
+    >>> layer(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).round(decimals=2)
+    tensor([[1., 2., 3., 4.]])
+    """
+
+    def __init__(self, quantized, bias=None):
+        super().__init__()
+        self.out_features, self.in_features = quantized.shape
+        self._metadata_of_weight = quantized.metadata()
+        self._tensor_names = tuple(quantized.state_tensors())
+        for name, tensor in quantized.state_tensors().items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def quantized(self):
+        """The weight as a QuantizedTensor; it shares memory with the buffers."""
+        return QuantizedTensor.from_state({n: getattr(self, n) for n in self._tensor_names}, self._metadata_of_weight)
+
+    def forward(self, x):
+        """x: floating point (..., in_features).  Returns (..., out_features) in the dtype of x."""
+        return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+
+    def _apply(self, fn, recurse=True):
+        """Every `.to(...)` of a module ends here; the quantized tensors follow to the device and keep their dtype."""
+        kept = {name: getattr(self, name) for name in self._tensor_names}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def extra_repr(self):
+        """What print(model) shows."""
+        bits = self.quantized.bits_per_weight
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quantized.format.name}, {bits:.3g} bits"
