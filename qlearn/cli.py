@@ -33,7 +33,11 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments=None):
     """Run the command line.  Returns the exit status."""
     try:
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        options, more = parser.parse_known_args(arguments)
+        if more and options.run is not _lab:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        options.more = more
         return options.run(options)
     except SystemExit as stop:  # argparse: 0 after --help, 2 after an error
         return stop.code
@@ -60,8 +64,7 @@ def _parser():
     add.add_argument("--json", action="store_true", help="print the findings as JSON")
 
     more = "More arguments go to JupyterLab, for example: qlearn lab --no-browser --port=9000"
-    add = command(_lab, "lab", "open JupyterLab on lesson 0", more)
-    add.add_argument("options", nargs=argparse.REMAINDER, help="for JupyterLab")
+    command(_lab, "lab", "open JupyterLab on lesson 0", more)
 
     more = (
         "Your answers are put into the course's own solution and run there, so edited checks do not matter. "
@@ -101,7 +104,7 @@ def _doctor(options):
 def _lab(options):
     from qlearn.course.lab import lab
 
-    return lab(options.options)
+    return lab(options.more)
 
 
 def _grade(options):

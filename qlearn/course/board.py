@@ -1,18 +1,18 @@
 """The board: one picture for the whole course, true bits per weight against loss.
 
-Each lesson adds the points it measured, `add("absmax 4 bit, groups of 64", 4.25, 2.13)`, and shows the picture, `show()`. Bits per
-weight count everything that is stored, scales and zero points too; loss is the mean negative log-likelihood in nats per token on
-the held-out text of the course. Down and to the left is better. The **Pareto front** joins the points that no other point beats in
-both: whoever sits above it gives away bits or loss for nothing.
+Each lesson adds the points it measured, `add("absmax 4 bit, groups of 64", 4.25, 2.13)`, and shows the picture,
+`show()`. Bits per weight count everything that is stored, scales and zero points too; loss is the mean negative
+log-likelihood in nats per token on the held-out text of the course. Down and to the left is better. The **Pareto
+front** joins the points that no other point beats in both: whoever sits above it gives away bits or loss for nothing.
 
-The vertical axis is the loss added to that of the unquantized model, which is the line at zero. Its scale is logarithmic but for a
-linear piece around zero, so that 6 bits and 2 bits fit in one picture and a lucky negative difference still has a place. The point
-named "unquantized" sets the zero; without one the plain loss is drawn.
+The vertical axis is the loss added to that of the unquantized model, which is the line at zero. Its scale is
+logarithmic but for a linear piece around zero, so that 6 bits and 2 bits fit in one picture and a lucky negative
+difference still has a place. The point named "unquantized" sets the zero; without one the plain loss is drawn.
 
-Two kinds of points are drawn. Bold ones are the learner's own, kept in the data folder from lesson to lesson; adding a name again
-replaces it. Faint ones are the course's own measurements, in `board_points.json` beside this file: {"unquantized": loss or null,
-"points": [[name, bits per weight, loss], ...]}. The build points QLEARN_DATA at an empty folder, so a committed picture shows what
-its own lesson added on top of the faint ones.
+Two kinds of points are drawn. Bold ones are the learner's own, kept in the data folder from lesson to lesson; adding
+a name again replaces it. Faint ones are the course's own measurements, in `board_points.json` beside this file:
+{"unquantized": loss or null, "points": [[name, bits per weight, loss], ...]}. The build points QLEARN_DATA at an
+empty folder, so a committed picture shows what its own lesson added on top of the faint ones.
 """
 
 import json
@@ -29,13 +29,16 @@ def add(name, bits_per_weight, loss):
     """Put a point on the board, or replace the one of that name.
 
     bits_per_weight: true bits per weight, > 0.  loss: nats per token on the course's held-out text.
-    The name "unquantized" sets the zero of the picture. Raises ValueError for an empty name or a number that is not finite.
+    The name "unquantized" sets the zero of the picture. Raises ValueError for an empty name or a number that is not
+    finite.
     """
     bits_per_weight, loss = float(bits_per_weight), float(loss)
     if not str(name).strip():
         raise ValueError("a point needs a name, such as 'absmax 4 bit, groups of 64'")
     if not (math.isfinite(loss) and math.isfinite(bits_per_weight) and bits_per_weight > 0):
-        raise ValueError(f"{name!r} has {bits_per_weight} bits per weight and loss {loss}; both must be finite, bits above zero")
+        raise ValueError(
+            f"{name!r} has {bits_per_weight} bits per weight and loss {loss}; both must be finite, bits above zero"
+        )
     store.write(_FILE, store.read(_FILE) | {str(name): [bits_per_weight, loss]})
 
 
@@ -83,7 +86,8 @@ def _reference():
 def _sentence(own, front):
     listed = "; ".join(f"{name} at {bits:.2f} bits, loss {loss:.3g}" for name, (bits, loss) in own.items())
     count = sum(name in own for name in front)
-    return f"the board, loss against true bits per weight: {listed or 'no points yet'} ({count} of {len(own)} on the Pareto front)."
+    listed = listed or "no points yet"
+    return f"the board, loss against true bits per weight: {listed} ({count} of {len(own)} on the Pareto front)."
 
 
 def _draw(axes, own, faint, front, zero):
@@ -98,7 +102,9 @@ def _draw(axes, own, faint, front, zero):
     for number, name in enumerate(own, start=1):
         spot = bits[name], height[name]
         axes.plot(*spot, "o", markersize=14, color=plots.COLORS["original"], zorder=3)
-        axes.annotate(number, spot, color="white", fontsize=9, fontweight="bold", ha="center", va="center_baseline", zorder=4)
+        axes.annotate(
+            number, spot, color="white", fontsize=9, fontweight="bold", ha="center", va="center_baseline", zorder=4
+        )
     axes.legend(loc="upper right")
 
 
@@ -117,4 +123,6 @@ def _list(axes, own, front):
     for number, name in enumerate(own, start=1):
         color = plots.COLORS["marker" if name in front else "faint"]
         text = f"{number:2d}  {name}"
-        axes.text(0, 1 - number / max(len(own) + 1, 14), text, fontsize=10, va="top", color=color, transform=axes.transAxes)
+        axes.text(
+            0, 1 - number / max(len(own) + 1, 14), text, fontsize=10, va="top", color=color, transform=axes.transAxes
+        )

@@ -177,6 +177,8 @@ def explain(row, limit):
         return "the code ended the kernel: os._exit, a crash, or not enough memory"
     if row["status"] == "timeout":
         return f"stopped after {limit:g} s: an endless loop?"
+    if row["status"] == "flood":
+        return "stopped because it printed without end: an endless loop?"
     if row["error"]:
         return _explain_error(row)
     if row["message"].startswith("Cell outputs differ"):

@@ -168,11 +168,25 @@ def _disagreement(task, expected, got):
 
 
 def _diagnose(task, cases, got, failed):
-    """The mutant that behaves most like the answer: (mutant or None, failed cases it explains, whether it agrees on all cases)."""
+    """The mutant that behaves most like the answer: (mutant or None, failed cases it explains, whether it agrees on all).
+
+    A mutant that no longer can explain half of the failed cases is not run on the others.
+    """
     best = None, 0, False
+    passed = [index for index in range(len(cases)) if index not in failed]
     for mutant in task.mutants:
-        same = [_disagreement(task, run(task, mutant.function, case), outcome) is None for case, outcome in zip(cases, got, strict=True)]
-        matched, certain = sum(same[index] for index in failed), all(same)
-        if (certain, matched) > (best[2], best[1]) and 2 * matched >= len(failed):
-            best = mutant, matched, certain
+
+        def agrees(index, function=mutant.function):
+            return _disagreement(task, run(task, function, cases[index]), got[index]) is None
+
+        matched, tolerated = 0, len(failed) // 2
+        for index in failed:
+            same = agrees(index)
+            matched, tolerated = matched + same, tolerated - (not same)
+            if tolerated < 0:
+                break
+        else:
+            certain = matched == len(failed) and all(map(agrees, passed))
+            if (certain, matched) > (best[2], best[1]):
+                best = mutant, matched, certain
     return best

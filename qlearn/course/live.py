@@ -1,22 +1,25 @@
 """LivePlot: controls and a picture that follows them fast enough to be dragged.
 
-The usual way to make a figure interactive in a notebook, `interact` around a function that plots, builds a new figure for every step
-of a slider: about a third of a second each, so the picture lags behind the hand. A LivePlot draws most of the figure once and then
-only what moves, the way games and plotting front ends do (**blitting**):
+The usual way to make a figure interactive in a notebook, `interact` around a function that plots, builds a new figure
+for every step of a slider: about a third of a second each, so the picture lags behind the hand. A LivePlot draws most
+of the figure once and then only what moves, the way games and plotting front ends do (**blitting**):
 
 1. `setup(figure)` makes the axes, with everything that stays, and returns the artists that move (lines, stairs, texts).
 2. Those artists are left out while the figure is drawn once; the pixels are kept as the background.
-3. At each step `update(**values)` gives the artists new data and returns one line of text, the summary. The background is copied
-   back, the artists are drawn on it, and the pixels go as a PNG into an Image widget. That takes around 10 ms.
+3. At each step `update(**values)` gives the artists new data and returns one line of text, the summary. The background
+   is copied back, the artists are drawn on it, and the pixels go as a PNG into an Image widget: about 10 ms.
 
-When `update` touches something that stays (limits, ticks, a title, a new artist), matplotlib marks the figure as stale; the LivePlot
-sees the mark and draws everything again, which costs 60 to 100 ms. So nothing needs to be declared: change as little as you can.
+When `update` touches something that stays (limits, ticks, a title, a new artist), matplotlib marks the figure as
+stale; the LivePlot sees the mark and draws everything again, which costs 60 to 100 ms. So nothing needs to be
+declared: change as little as you can.
 
-What a notebook stores of it is three things in one output: the live view (the course's build removes it from the committed file, where
-it would be dead), the picture as PNG with alternative text, and the summary as a stable line of plain text, which tests compare.
-The summary on screen is written after the picture, so that whoever waits for the text can trust the picture.
+What a notebook stores of it is three things in one output: the live view (the course's build removes it from the
+committed file, where it would be dead), the picture as PNG with alternative text, and the summary as a stable line of
+plain text, which tests compare. The summary on screen is written after the picture, so that whoever waits for the
+text can trust the picture.
 
-Every control works from the keyboard: Tab to reach it, arrow keys to move it. The summary is a live region that screen readers speak.
+Every control works from the keyboard: Tab to reach it, arrow keys to move it. The summary is a live region that
+screen readers speak.
 """
 
 import html
@@ -34,8 +37,9 @@ _MOST_STEPS = 120  # a float slider with more positions than this is swept in th
 class LiveView(ipywidgets.VBox):
     """Controls, something that follows them, and a line of text about it: what all live widgets of the course share.
 
-    A subclass sets up what it shows, calls `super().__init__(name, alt, controls, view)`, and defines `show(**values)`, which brings
-    the view up to date and returns the summary, and `png()`, the static picture of the present state.
+    A subclass sets up what it shows, calls `super().__init__(name, alt, controls, view)`, and defines
+    `show(**values)`, which brings the view up to date and returns the summary, and `png()`, the static picture of the
+    present state.
     """
 
     def __init__(self, name, alt, controls, view):
@@ -64,11 +68,11 @@ class LiveView(ipywidgets.VBox):
         """Bring view and note up to date. An exception is kept in `error` and shown in the note; the old view stays."""
         try:
             self.summary, self.error = self.show(**self.values()) or "", None
-            self.note.value = _note(self.summary)
+            self.note.value = note_html(self.summary)
         except Exception as error:
             error.add_note(f"{self.name} at {self.values()}")
             self.error = error
-            self.note.value = _note(f"{type(error).__name__}: {error}")
+            self.note.value = note_html(f"{type(error).__name__}: {error}")
 
     def sweep(self):
         """Move every control over its whole range, one at a time, and return the summaries; for tests.
@@ -97,11 +101,13 @@ class LiveView(ipywidgets.VBox):
 class LivePlot(LiveView):
     """Controls and a matplotlib picture that follows them at about 10 ms a step.
 
-    setup(figure) -> list of the artists that move; axes with fixed limits, labels and titles are made here, in the house style.
+    setup(figure) -> list of the artists that move; axes with fixed limits, labels and titles are made here, in the
+    house style.
     update(**values) -> one line of text; gives the artists new data, `values` being the controls' values by name.
     controls: ipywidgets, or their short forms: (2, 8) a slider, [None, 64] a menu, True a checkbox.
     figsize: inches.  alt: a sentence that says what the picture shows.  name: begins the line of plain text.
-    Raises ValueError for a control of unknown form, and at the start whatever `setup` and `update` raise; later errors show in the note.
+    Raises ValueError for a control of unknown form, and at the start whatever `setup` and `update` raise; later
+    errors show in the note.
 
     >>> def setup(figure):
     ...     axes = figure.subplots()
@@ -148,10 +154,10 @@ class LivePlot(LiveView):
 
 
 def make_control(name, value):
-    """A widget from a widget or from its short form, labelled with `name`; the short forms are those of ipywidgets' interact."""
+    """A control from a widget, or from one of the short forms that ipywidgets' interact knows; labelled with `name`."""
     control = ipywidgets.interactive.widget_from_abbrev(value)
     if control is None:
-        raise ValueError(f"cannot make a control for {name}={value!r}; use a widget, (low, high), a list of choices, or a bool")
+        raise ValueError(f"cannot make a control from {name}={value!r}; pass a widget, (low, high), a list, or a bool")
     control.description = control.description or name.replace("_", " ")
     control.style.description_width = "initial"
     return control
@@ -167,7 +173,9 @@ def positions_of(control):
         raise ValueError(f"no known range for {type(control).__name__} {control.description!r}; sweep it by hand")
     steps = round((control.max - control.min) / control.step)
     grid = np.linspace(control.min, control.max, min(steps, _MOST_STEPS) + 1)
-    grid = [int(round(x)) if isinstance(control.min, int) else float(x) for x in grid]
+    if hasattr(control, "base"):  # FloatLogSlider: min and max are exponents
+        grid = control.base**grid
+    grid = [round(float(x)) if isinstance(control.min, int) else float(x) for x in grid]
     if isinstance(control.value, tuple):
         return "value", [(low, grid[-1]) for low in grid] + [(grid[0], high) for high in grid]
     return "value", grid
@@ -177,9 +185,12 @@ def _encode(rgba):
     """PNG bytes of an RGBA buffer; compression level 1, as time matters here and size hardly does."""
     height, width = rgba.shape[:2]
     buffer = io.BytesIO()
-    Image.frombuffer("RGBA", (width, height), rgba, "raw", "RGBA", 0, 1).convert("RGB").save(buffer, "png", compress_level=1)
+    image = Image.frombuffer("RGBA", (width, height), rgba, "raw", "RGBA", 0, 1)
+    image.convert("RGB").save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 
-def _note(text):
-    return f'<div class="qlive-note" role="status" style="font-family: monospace; white-space: pre-wrap">{html.escape(text)}</div>'
+def note_html(text):
+    """The note under a live widget: a live region, so that screen readers speak what it says."""
+    style = "font-family: monospace; white-space: pre-wrap"
+    return f'<div class="qlive-note" role="status" style="{style}">{html.escape(text)}</div>'

@@ -9,7 +9,7 @@ It also changes how nbval judges:
 - Error output, HTML and SVG are never compared: they hold warnings and random ids.
 
 The rows go as JSON to the file that QLEARN_ROWS names, one for each cell: {"cell", "role", "task", "status", "lost",
-"message", "error", "output", "expected", "seconds"}, where status is passed, failed, timeout, died or skipped, `lost` says
+"message", "error", "output", "expected", "seconds"}, where status is passed, failed, timeout, flood, died or skipped, `lost` says
 that the kernel was gone afterwards, and output and expected are the printed text.
 """
 
@@ -100,7 +100,7 @@ def _status(item, call, report):
     if call.excinfo and call.excinfo.errisinstance(nbval_kernel.KernelDied):
         return "died"
     if item.parent.timed_out:
-        return "timeout"
+        return "flood" if item.parent.kernel.flooded else "timeout"
     return report.outcome
 
 

@@ -1,18 +1,20 @@
 """One house style for every picture of the course, and the class that carries a picture into a notebook.
 
-A picture here is a matplotlib Figure made without pyplot: nothing is registered globally, so nothing is shown twice and no figure
-leaks. `figure` returns a `Picture` and its axes; draw on the axes, then leave the picture as the last line of the cell:
+A picture here is a matplotlib Figure made without pyplot: nothing is registered globally, so nothing is shown twice
+and no figure leaks. `figure` returns a `Picture` and its axes; draw on the axes, then leave the picture as the last
+line of the cell:
 
     picture, axes = figure(6, 3, alt="The error halves with every bit.")
     axes.plot(bits, error)
     picture
 
-A notebook stores three things about it: the PNG, the sentence of alternative text in the image's metadata, and one stable line of
-plain text. Readers who cannot see the picture get the sentence, and a test that re-runs the notebook compares the line, never the
-pixels, which differ between versions of matplotlib and of its fonts.
+A notebook stores three things about it: the PNG, the sentence of alternative text in the image's metadata, and one
+stable line of plain text. Readers who cannot see the picture get the sentence, and a test that re-runs the notebook
+compares the line, never the pixels, which differ between versions of matplotlib and of its fonts.
 
-Colours are those of Okabe and Ito (2008), which people with any of the common kinds of colour blindness can tell apart. Text is set
-at 12 points on 100 dots per inch, so that it can still be read when the picture is shown at half its size.
+Colours are those of Okabe and Ito (2008), which people with any of the common kinds of colour blindness can tell
+apart. Text is set at 12 points on 100 dots per inch, so that it can still be read when the picture is shown at half
+its size.
 """
 
 import base64
@@ -21,7 +23,6 @@ import io
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 DPI = 100
 
@@ -122,9 +123,11 @@ def blank(width, height):
 def figure(width=8, height=3, *, alt, rows=1, columns=1, **subplots):
     """A picture in the house style and its axes.
 
-    width, height: inches (100 pixels each).  alt: one sentence of alternative text.  rows, columns: of the grid of axes.
+    width, height: inches (100 pixels each).  alt: one sentence of alternative text.  rows, columns: of the grid of
+    axes.
     subplots: passed to Figure.subplots (sharex, width_ratios ...).
-    Returns (Picture, axes), axes being one Axes or, for a grid, an array of them. Raises ValueError without alternative text.
+    Returns (Picture, axes), axes being one Axes or, for a grid, an array of them. Raises ValueError without
+    alternative text.
 
     >>> picture, axes = figure(4, 2, alt="Three points on a line.")
     >>> lines = axes.plot([1, 2, 3])

@@ -1,16 +1,16 @@
 """Predictions: say it before you look.
 
-A lesson asks a question, the learner commits to a number, and only then comes the measurement. `predict` shows the question with a
-slider and a button, and keeps the first guess that is committed in the learner's data folder, so that it is still there after a
-restart; `reveal` prints the measured answer beside it.
+A lesson asks a question, the learner commits to a number, and only then comes the measurement. `predict` shows the
+question with a slider and a button, and keeps the first guess that is committed in the learner's data folder, so that
+it is still there after a restart; `reveal` prints the measured answer beside it.
 
     predict("average error at 4 bits, in % of the average weight", low=0, high=100, key="absmax-4bit")
     ...
     reveal("absmax-4bit", 100 * error, unit="%")
 
-In a notebook that is executed by a program nobody guesses. Then the widget's plain text is the question, which never depends on a
-guess, and `reveal` prints the measurement alone: the committed notebook reads the same wherever it was built, as long as the build
-points QLEARN_DATA at an empty folder.
+In a notebook that is executed by a program nobody guesses. Then the widget's plain text is the question, which never
+depends on a guess, and `reveal` prints the measurement alone: the committed notebook reads the same wherever it was
+built, as long as the build points QLEARN_DATA at an empty folder.
 """
 
 import html
@@ -30,7 +30,8 @@ class Prediction(ipywidgets.VBox):
         self.question, self.low, self.high, self.key = question, low, high, key
         integer = isinstance(low, int) and isinstance(high, int) and high - low >= 10
         step = 1 if integer else (high - low) / 100
-        range_ = dict(min=low, max=high, step=step, value=low + ((high - low) // 2 if integer else (high - low) / 2))
+        middle = low + ((high - low) // 2 if integer else (high - low) / 2)
+        range_ = {"min": low, "max": high, "step": step, "value": middle}
         self.slider = ipywidgets.FloatSlider(**range_, readout=False)
         self.number = ipywidgets.BoundedFloatText(**range_, layout=ipywidgets.Layout(width="8em"))
         self.button = ipywidgets.Button(description="commit", tooltip="keep this guess; it cannot be changed later")

@@ -23,14 +23,18 @@ def run(path, limit):
     cell_count = len(cells.code_cells(cells.read_notebook(path)))
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.json"
-        done = subprocess.run(
-            _command(path, limit),
-            env=_environment(scratch, rows),
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            timeout=180 + (limit + 15) * cell_count,
-        )
+        patience = 180 + (limit + 15) * cell_count
+        try:
+            done = subprocess.run(
+                _command(path, limit),
+                env=_environment(scratch, rows),
+                cwd=scratch,
+                capture_output=True,
+                text=True,
+                timeout=patience,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{path.name} was still running after {patience:.0f} s") from None
         if not rows.exists():
             raise RuntimeError(f"nbval did not run:\n{done.stdout}{done.stderr}".rstrip())
         return json.loads(rows.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The learner's own notes between lessons (guesses, points of the board): small JSON objects in the data folder.
 
-A file is replaced whole or not at all. One that cannot be read is moved aside with a warning: never deleted, and never fatal.
+A file is replaced whole or not at all. One that cannot be read is moved aside with a warning: never deleted, and
+never fatal.
 """
 
 import json
@@ -31,4 +32,6 @@ def read(name):
 
 def write(name, content):
     """Replace the file `name` of the data folder by the dict `content`, atomically."""
-    places.write_atomically(places.data_folder() / name, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    places.write_atomically(
+        places.data_folder() / name, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    )

@@ -2,10 +2,11 @@
 
     table(original=w, codes=codes, reconstructed=codes * scale)
 
-Vectors become the rows of one table, so that a number, its code and what comes back stand above each other; matrices stand side by
-side. Colour runs from vermillion (the most negative entry of that array) through white (zero) to blue (the most positive), so equal
-patterns look equal whatever the units are. Arrays of whole numbers are printed as integers, all others with the same number of
-decimals, in HTML and in plain text alike; the plain text is the same on every machine.
+Vectors become the rows of one table, so that a number, its code and what comes back stand above each other; matrices
+stand side by side. Colour runs from vermillion (the most negative entry of that array) through white (zero) to blue
+(the most positive), so equal patterns look equal whatever the units are. Arrays of whole numbers are printed as
+integers, all others with the same number of decimals, in HTML and in plain text alike; the plain text is the same on
+every machine.
 """
 
 import html
@@ -37,8 +38,10 @@ class Table:
 def table(*, decimals=2, **arrays):
     """Show small arrays of the same shape together.
 
-    arrays: name=array, each 1-D (up to 400 numbers) or 2-D; NumPy arrays, torch tensors or lists. decimals: for arrays that are not whole.
-    Raises ValueError when there is none, when shapes differ, when an array is neither 1-D nor 2-D, or is empty or too large to read.
+    arrays: name=array, each 1-D (up to 400 numbers) or 2-D; NumPy arrays, torch tensors or lists. decimals: for
+    arrays that are not whole.
+    Raises ValueError when there is none, when shapes differ, when an array is neither 1-D nor 2-D, or is empty or too
+    large to read.
 
     >>> table(original=[0.9, -0.31], codes=[3, -1], reconstructed=[0.9, -0.3])
     original       0.90  -0.31
@@ -60,7 +63,9 @@ def _as_array(name, value):
         value = value.detach().cpu().float()
     array = np.asarray(value, dtype=np.float64)
     if array.ndim not in (1, 2) or not 0 < array.size <= _MOST:
-        raise ValueError(f"{name} has shape {array.shape}; show 1 to {_MOST} numbers of a vector or a matrix, a slice for instance")
+        raise ValueError(
+            f"{name} has shape {array.shape}; show 1 to {_MOST} numbers of a vector or a matrix, a slice for instance"
+        )
     return array
 
 
@@ -75,7 +80,8 @@ def _plain_rows(cells):
     label = max(map(len, cells))
     width = [max(len(row[i]) for row in cells.values()) for i in range(len(next(iter(cells.values()))))]
     return "\n".join(
-        name.ljust(label) + "".join("  " + cell.rjust(w) for cell, w in zip(row, width, strict=True)) for name, row in cells.items()
+        name.ljust(label) + "".join("  " + cell.rjust(w) for cell, w in zip(row, width, strict=True))
+        for name, row in cells.items()
     )
 
 
@@ -101,7 +107,9 @@ def _html_rows(arrays, cells):
 def _html_blocks(arrays, cells):
     gap = '<td style="border: none; width: 1.5em"></td>'
     height, width = next(iter(arrays.values())).shape
-    head = gap.join(f'<th colspan="{width}" scope="colgroup" style="text-align: center">{html.escape(name)}</th>' for name in arrays)
+    head = gap.join(
+        f'<th colspan="{width}" scope="colgroup" style="text-align: center">{html.escape(name)}</th>' for name in arrays
+    )
     rows = []
     for i in range(height):
         parts = ("".join(map(_td, cells[name][i], a[i], [_largest(a)] * width)) for name, a in arrays.items())

@@ -6,7 +6,8 @@
     bits_per_weight, model_bytes           what it weighs, everything counted         size.py
     report, table                          all of it in one row, and rows in a table  report.py
 
-The text they are measured on ships with the package (`texts.py`), and how it is cut into windows is a convention (`windows.py`).
+The text they are measured on ships with the package (`texts.py`), and how it is cut into windows is a convention
+(`windows.py`).
 """
 
 from qlearn.evaluate.completions import complete

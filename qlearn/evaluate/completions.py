@@ -1,8 +1,8 @@
 """Greedy completions: the text a model writes when it always takes the most likely token.
 
-Greedy text is deterministic, so two models can be compared by what they write. Prompts of different lengths go through the model
-together when the shorter ones are padded on the left: the last token of every prompt is then in the last column, where the next one
-is appended, and the padding is masked out of the attention.
+Greedy text is deterministic, so two models can be compared by what they write. Prompts of different lengths go
+through the model together when the shorter ones are padded on the left: the last token of every prompt is then in the
+last column, where the next one is appended, and the padding is masked out of the attention.
 """
 
 import torch
@@ -13,7 +13,7 @@ from qlearn.evaluate.windows import context_length
 def complete(model, tokenizer, prompts, max_new_tokens=96):
     """Continue each prompt greedily.
 
-    prompts: list of str; each best ends with a letter or a sign, since tokenizers join white space with what follows it.
+    prompts: list of str; each best ends with a letter or a sign: tokenizers join white space with what follows it.
     max_new_tokens: length at which a continuation is cut, if the model does not end it before.
     Returns a list of str: the continuations alone, without special tokens.
     Raises ValueError for a prompt without tokens, or one that leaves no room for the continuation.
@@ -44,6 +44,6 @@ def _check(prompts, encoded, max_new_tokens, limit):
             raise ValueError(f"the prompt {prompt!r} has no tokens; give the model something to continue")
         if len(tokens) + max_new_tokens > limit:
             raise ValueError(
-                f"a prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} exceed the {limit} tokens this model reads; "
-                "shorten one of them"
+                f"a prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} exceed the {limit} tokens this "
+                "model reads; shorten one of them"
             )

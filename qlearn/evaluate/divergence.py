@@ -1,16 +1,17 @@
 """How far the answers of a quantized model are from those of the model it was made of.
 
-Perplexity asks whether the right token is still likely. The measures here do not care what is right: they compare the two models'
-predictions P (reference) and Q (quantized) at the same positions of the same text.
+Perplexity asks whether the right token is still likely. The measures here do not care what is right: they compare the
+two models' predictions P (reference) and Q (quantized) at the same positions of the same text.
 
-    KL divergence   sum over the vocabulary of P log(P / Q), in nats, averaged over positions: 0 when Q = P, never negative.
-                    It is what a reader of Q pays, in loss, for not having P, and it sees changes that cancel in perplexity.
+    KL divergence   sum over the vocabulary of P log(P / Q), in nats, averaged over positions: 0 when Q = P, never
+                    negative. It is what a reader of Q pays, in loss, for not having P, and it sees changes that
+                    cancel in perplexity.
     flip rate       the share of positions at which the most likely token is another one: what greedy text shows.
-    same top p      the share at which it is the same one, in percent, as llama-perplexity prints it: 100 * (1 - flip rate).
+    same top p      the share at which it is the same one, in percent, as llama-perplexity prints it.
 
 The reference has to be run only once for a whole sweep of bit widths: `Reference` keeps its logits. That takes
-4 bytes * vocabulary * scored tokens of main memory (half of it for a model in half precision): 0.5 GB for 32,768 tokens of a
-vocabulary of 4,096, and 20 GB for the same with 150,000, where `tokens=` should be a few thousand.
+4 bytes * vocabulary * scored tokens of main memory: 0.5 GB for 32,768 tokens of a vocabulary of 4,096, and 20 GB for
+the same with 150,000, where `tokens=` should be a few thousand.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Reference:
     """The answers of the unquantized model on a text, kept so that a sweep runs it once.
 
     model, tokenizer: as it is before quantization; the model is not kept.
-    text, convention, tokens, window, stride: which predictions count, see `windows.passage`.
+    text, convention, tokens, window, stride: which predictions count, see `windows.passage`.  progress: show a bar.
     Attributes: passage; perplexity; nbytes, the memory it holds.
 
     >>> import qlearn
@@ -94,9 +95,10 @@ def compare(model, reference, progress=False):
 def position_divergences(reference, logits):
     """KL(softmax(reference) || softmax(logits)) at each position, in nats.
 
-    reference, logits: (positions, vocabulary).  Returns float64 (positions,), none below 0.  Raises ValueError for unequal shapes.
+    reference, logits: (positions, vocabulary).  Returns float64 (positions,), none below 0.
+    Raises ValueError for unequal shapes.
 
-    >>> position_divergences(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]]).log()).tolist()   # log(0.5 / sqrt(3/16))
+    >>> position_divergences(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()).tolist()
     [0.1438...]
     """
     if reference.shape != logits.shape:

@@ -1,21 +1,25 @@
 """Parse rate: does the model still write Python that Python accepts?
 
-Perplexity is an average over single tokens. Code is less forgiving: one wrong bracket and nothing runs. So the model is given the
-header of a function, its signature and docstring, completes it greedily, and the parser of the standard library has the last word.
+Perplexity is an average over single tokens. Code is less forgiving: one wrong bracket and nothing runs. So the model
+is given the header of a function, its signature and docstring, completes it greedily, and the parser of the standard
+library has the last word.
 
 What exactly is parsed: the prompt, followed by the lines of the completion
     up to, and without, the first line that starts in column 0 (the function is over there);
-    if there is none, the length limit cut the function off, and the last line, when no newline ends it, is dropped; if what
-    remains is the beginning of valid Python but ends inside a statement (`codeop` of the standard library tells "incomplete"
-    from "wrong"), that statement is dropped as well.
-A completion counts when `ast.parse` accepts that, and when what was kept holds at least one line of code: neither blank nor a
-comment. A mistake is never dropped: a bracket that closes nothing, or an indent that fits no block, is wrong, not incomplete.
+    if there is none, the length limit cut the function off, and the last line, when no newline ends it, is dropped;
+    if what remains is the beginning of valid Python but ends inside a statement (`codeop` of the standard library
+    tells "incomplete" from "wrong"), that statement is dropped as well.
+A completion counts when `ast.parse` accepts that, and when what was kept holds at least one line of code: neither
+blank nor a comment. A mistake is never dropped: a bracket that closes nothing, or an indent that fits no block, is
+wrong, not incomplete.
 
-A prompt ends with the last character of the header, without the newline. Tokenizers join white space with what follows it: to a
-model that knows "newline and three spaces" as one token, a newline alone says that the next line is not indented.
+A prompt ends with the last character of the header, without the newline. Tokenizers join white space with what
+follows it: to a model that knows "newline and three spaces" as one token, a newline alone says that the next line is
+not indented.
 
-The prompts are the top-level functions with a docstring in the evaluation text, evenly spaced, so the rate is a multiple of one
-part in their number, and a difference of a few per cent between two models is a matter of one or two functions.
+The prompts are the top-level functions with a docstring in the evaluation text, evenly spaced, so the rate is a
+multiple of one part in their number, and a difference of a few per cent between two models is a matter of one or two
+functions.
 """
 
 import ast
@@ -54,9 +58,9 @@ def parses(prompt, completion):
 
 
 def kept_body(completion):
-    r"""The whole lines of a completion that belong to the function, and whether another one shows that the function is over.
+    r"""The whole lines of a completion that belong to the function, and whether it is over there.
 
-    The first is the rest of the header's own line.
+    The first line is the rest of the header's own.
 
     >>> kept_body("\n    a = 1\n\ndef g():\n"), kept_body("\n    a = 1\n    b =")
     ((['\n', '    a = 1\n', '\n'], True), (['\n', '    a = 1\n'], False))
@@ -88,7 +92,8 @@ def _is_unfinished(source):
 def function_headers(source=None, count=48, longest=400):
     r"""Signature and docstring of top-level functions, evenly spaced over a Python text.
 
-    source: str; None takes the evaluation text.  count: at most so many.  longest: leave out headers of more characters.
+    source: str; None takes the evaluation text.  count: at most so many.
+    longest: leave out headers of more characters.
     Returns a list of str in the order of the text.  Raises ValueError when the text holds none.
 
     >>> function_headers('def f(x):\n    "Twice x."\n    return 2 * x\n')

@@ -1,13 +1,16 @@
 """Perplexity: how many tokens the model hesitates between.
 
-A model that gives the token that really came the probability p is charged -log p nats. The mean of that over a text is the loss, and
+A model that gives the token that really came the probability p is charged -log p nats. The mean of that over a text
+is the loss, and
 
     perplexity = exp(loss)
 
-reads as a number of equally likely choices: a model that knows nothing and spreads its bet over all V tokens has perplexity V, one
-that is always right and sure has 1. Quantization raises it. Which tokens of the text count is a convention (`windows.py`).
+reads as a number of equally likely choices: a model that knows nothing and spreads its bet over all V tokens has
+perplexity V, one that is always right and sure has 1. Quantization raises it. Which tokens of the text count is a
+convention (`windows.py`).
 
-Perplexity moves little when errors cancel: some tokens become likelier by accident, others less so. `divergence.py` sees both.
+Perplexity moves little when errors cancel: some tokens become likelier by accident, others less so. `divergence.py`
+sees both.
 """
 
 import torch
@@ -40,7 +43,8 @@ def perplexity(
 def token_losses(logits, targets):
     """-log p of each target, in nats.
 
-    logits: (positions, vocabulary).  targets: (positions,).  Returns float64 (positions,), so that long sums stay exact.
+    logits: (positions, vocabulary).  targets: (positions,).  Returns float64 (positions,), so that long sums stay
+    exact.
     Raises ValueError when a logit is NaN.
     """
     losses = F.cross_entropy(logits, targets, reduction="none").double()

@@ -8,8 +8,9 @@
         rows.append(report(model, tokenizer, reference, name=f"absmax {bits}"))
     table(rows)
 
-A table shows rounded figures, few enough digits that another machine prints the same; `row.as_dict()` holds the full ones. The time
-it took is the one figure that differs from run to run, so it is shown only on request: `table(rows, seconds=True)`.
+A table shows rounded figures, few enough digits that another machine prints the same; `row.as_dict()` holds the full
+ones. The time it took is the one figure that differs from run to run, so it is shown only on request:
+`table(rows, seconds=True)`.
 """
 
 import html
@@ -26,8 +27,8 @@ from qlearn.evaluate.size import bits_per_weight, model_bytes
 class Row:
     """What was measured on one model; None where it was not.
 
-    kl_divergence: nats.  flip_rate, parse_rate: shares of 1.  same_top_p: percent.  bits_per_weight: over the quantized layers.
-    bytes: of the whole model, as stored.  seconds: that measuring took.
+    kl_divergence: nats.  flip_rate, parse_rate: shares of 1.  same_top_p: percent.
+    bits_per_weight: over the quantized layers.  bytes: of the whole model, as stored.  seconds: that measuring took.
     """
 
     name: str
@@ -58,8 +59,9 @@ def report(model, tokenizer, reference=None, name="", tokens=None, parse=False, 
     """Measure a model.
 
     model, tokenizer: any causal language model of transformers, quantized or not, in eval mode.
-    reference: a Reference; adds divergence and flips, and fixes text and convention (else the evaluation text, "sliding").
-    tokens: use only so many of the text's first tokens; with a reference, say it there.  parse: measure the parse rate too.
+    reference: a Reference; adds divergence and flips, and fixes the text (else the one that ships, "sliding").
+    tokens: use only so many of the text's first tokens; with a reference, say it there.
+    parse: measure the parse rate too.  progress: show a bar.
     Returns a Row.  Raises ValueError when `tokens` contradicts the reference, and as the measures do.
     """
     if reference is not None and tokens not in (None, reference.tokens):
@@ -93,7 +95,9 @@ class Table:
         if not rows:
             raise ValueError("a table needs at least one row; call report() first")
         self.rows = rows
-        titles = [t for t, value, _ in COLUMNS if any(value(r) is not None for r in rows) and (seconds or t != "seconds")]
+        titles = [
+            t for t, value, _ in COLUMNS if any(value(r) is not None for r in rows) and (seconds or t != "seconds")
+        ]
         self.columns = [column for column in COLUMNS if column[0] in titles]
 
     def cells(self):
@@ -110,7 +114,9 @@ class Table:
         lines = []
         for line in cells:
             first, *rest = line
-            lines.append("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]))
+            lines.append(
+                "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+            )
         return "\n".join(lines)
 
     def _repr_markdown_(self):

@@ -4,9 +4,10 @@
 
     bits per weight = 8 * bytes of codes, scales, zeros, column scales / number of weights
 
-over the quantized layers, and that is the axis on which methods should be compared. The size of a whole model also holds what was
-not quantized: embeddings, norms, biases. Those are counted at 16 bits, the type in which checkpoints store them, whatever type they
-are computed in here; the bundled model, computed in float32, weighs the 14.7 MB of its file. Tied tensors are counted once.
+over the quantized layers, and that is the axis on which methods should be compared. The size of a whole model also
+holds what was not quantized: embeddings, norms, biases. Those are counted at 16 bits, the type in which checkpoints
+store them, whatever type they are computed in here; the bundled model, computed in float32, weighs the 14.7 MB of its
+file. Tied tensors are counted once.
 """
 
 import torch
@@ -15,7 +16,7 @@ from qlearn.tensor import QuantizedTensor
 
 
 def quantized_layers(model):
-    """The quantized layers of a model: modules whose attribute `quantized` is a QuantizedTensor.  Returns dict name -> QuantizedTensor."""
+    """The weights of the modules whose attribute `quantized` is a QuantizedTensor: dict name -> QuantizedTensor."""
     found = {}
     for name, module in model.named_modules():
         quantized = getattr(module, "quantized", None)
@@ -38,9 +39,14 @@ def bits_per_weight(model, dtype=torch.bfloat16, whole=False):
 
 
 def model_bytes(model, dtype=torch.bfloat16):
-    """Bytes of a file that holds the model: quantized tensors as they are, other floating-point ones in `dtype` if that is smaller."""
+    """Bytes of a file that holds the model.
+
+    dtype: the type in which unquantized floating-point tensors are stored, unless their own is smaller.
+    """
     exact = {id(tensor) for q in quantized_layers(model).values() for tensor in q.state_tensors().values()}
-    distinct = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)}
+    distinct = {
+        id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)
+    }
     total = 0
     for key, tensor in distinct.items():
         narrowed = tensor.is_floating_point() and key not in exact

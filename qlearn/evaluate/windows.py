@@ -1,22 +1,24 @@
 """Cutting a text into the windows a model reads, and asking the model about them.
 
-A causal language model turns n tokens into n predictions: the logits at position i say what token i + 1 is likely to be. A text is
-longer than a model can read at once, so it is cut into windows, and one has to say which of the predictions count: those at the
-start of a window were made with hardly any context and are poor. Two conventions are in use, and their numbers must never be
-compared with each other.
+A causal language model turns n tokens into n predictions: the logits at position i say what token i + 1 is likely to
+be. A text is longer than a model can read at once, so it is cut into windows, and one has to say which of the
+predictions count: those at the start of a window were made with hardly any context and are poor. Two conventions are
+in use, and their numbers must never be compared with each other.
 
-    "sliding"    Windows of 2048 tokens, or of as many as the model was made for, each starting `stride` tokens after the one
-                 before. Every token of the text is scored once, in the first window that holds it, the last and shorter window
-                 included; only a token that starts a window cannot be scored there, having nothing before it. A stride as long
-                 as the window (the default: windows side by side) is what the tables of GPTQ, AWQ and SINQ use; half the
-                 window is what Hugging Face's page on perplexity describes, at twice the time.
-    "llama.cpp"  What llama-perplexity does: chunks of 512 tokens side by side, a shorter rest dropped. Of a chunk of n tokens only
-                 those at n/2 + 1 ... n - 1 are scored (the logits at n/2 ... n - 2 predict them): 255 of 512, all with at least
-                 257 tokens before them. For a model whose texts begin with a BOS token, the first token of each chunk is
-                 replaced by it.
+    "sliding"    Windows of 2048 tokens, or of as many as the model was made for, each starting `stride` tokens after
+                 the one before. Every token of the text is scored once, in the first window that holds it, the last
+                 and shorter window included; only a token that starts a window cannot be scored there, having nothing
+                 before it. A stride as long as the window (the default: windows side by side) is what the tables of
+                 GPTQ, AWQ and SINQ use; half the window is what Hugging Face's page on perplexity describes, at twice
+                 the time.
+    "llama.cpp"  What llama-perplexity does: chunks of 512 tokens side by side, a shorter rest dropped. Of a chunk of n
+                 tokens only those at n/2 + 1 ... n - 1 are scored (the logits at n/2 ... n - 2 predict them): 255 of
+                 512, all with at least 257 tokens before them. For a model whose texts begin with a BOS token, the
+                 first token of each chunk is replaced by it.
 
-A `Passage` is a text cut in one of these ways. Equally long windows go through the model together, and only the logits that are
-scored are computed. The text is plain text: a string in it that looks like a special token is not taken for one.
+A `Passage` is a text cut in one of these ways. Equally long windows go through the model together, and only the
+logits that are scored are computed. The text is plain text: a string in it that looks like a special token is not
+taken for one.
 """
 
 import inspect
@@ -58,7 +60,7 @@ class Passage:
         return sum(window.end - window.first for window in self.windows)
 
     def batch(self, windows):
-        """Windows of one shape as a matrix of tokens (windows, length), the first column replaced by BOS where that is asked for."""
+        """Equally long windows as a matrix of tokens (windows, length), BOS in the first column where it is given."""
         ids = torch.stack([self.ids[window.start : window.end] for window in windows])
         if self.bos is not None:
             ids[:, 0] = self.bos
@@ -97,10 +99,12 @@ def second_halves(count, width):
 def passage(model, tokenizer, text=None, convention="sliding", tokens=None, window=None, stride=None):
     """Cut a text for a model.
 
-    text: str; None takes the evaluation text that ships with the package.  tokens: use only so many of the text's first tokens.
+    text: str; None takes the evaluation text that ships with the package.
+    tokens: use only so many of the text's first tokens.
     window: tokens in a window; None takes min(2048, the longest the model was made for), or 512 for "llama.cpp".
     stride: "sliding" only; tokens from one window's start to the next one's; None takes the window.
-    Returns a Passage.  Raises ValueError for an unknown convention, sizes that make no sense, and a text with nothing to score.
+    Returns a Passage.  Raises ValueError for an unknown convention, sizes that make no sense, and a text with nothing
+    to score.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention {convention!r} is unknown; choose from {', '.join(CONVENTIONS)}")
@@ -112,7 +116,9 @@ def passage(model, tokenizer, text=None, convention="sliding", tokens=None, wind
         windows, bos = second_halves(len(ids), width), _bos(tokenizer)
     if not windows:
         needed = 2 if convention == "sliding" else width
-        raise ValueError(f"the text has {len(ids)} tokens, and {convention} needs at least {needed}; give a longer text")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, and {convention} needs at least {needed}; give a longer text"
+        )
     return Passage(ids, tuple(windows), bos)
 
 
@@ -124,8 +130,8 @@ def context_length(model):
 def predict(model, passage, progress=False):
     """Run the model over a passage.
 
-    Yields, batch by batch, the logits that are scored (positions, vocabulary), half precision widened to float32, and the
-    tokens they should have foretold (positions,); both on the model's device and in reading order.
+    Yields, batch by batch, the logits that are scored (positions, vocabulary), half precision widened to float32, and
+    the tokens they should have foretold (positions,); both on the model's device and in reading order.
     Raises ValueError for a model in training mode, whose dropout would make the answer random.
     """
     if model.training:
@@ -178,7 +184,9 @@ def _sizes(model, convention, window, stride):
 def _encode(tokenizer, text, tokens):
     """The first `tokens` tokens of a text, int64."""
     if not isinstance(text, str) or not text:
-        raise ValueError(f"the text is {text!r:.40}, and there is nothing to score; give a string of a few hundred words")
+        raise ValueError(
+            f"the text is {text!r:.40}, and there is nothing to score; give a string of a few hundred words"
+        )
     if tokens is not None and tokens < 2:
         raise ValueError(f"tokens={tokens} leaves nothing to score; ask for at least 2")
     ids = tokenizer(text, verbose=False, split_special_tokens=True)["input_ids"]
@@ -186,6 +194,6 @@ def _encode(tokenizer, text, tokens):
 
 
 def _bos(tokenizer):
-    """The BOS token, if the tokenizer begins every text with it (a GGUF file says so with tokenizer.ggml.add_bos_token)."""
+    """The BOS token, if the tokenizer begins every text with it: a GGUF file's tokenizer.ggml.add_bos_token."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first[0] if first and first[0] == tokenizer.bos_token_id else None

@@ -27,7 +27,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from qlearn.formats.arrays import as_floats, blockwise, check_codes, look_up, to_numpy
+from qlearn.formats.arrays import as_floats, blockwise, look_up, to_numpy
 from qlearn.formats.base import Format
 
 
@@ -74,7 +74,6 @@ class Codebook(Format):
         >>> NF4.decode([0, 7, 15]).tolist()
         [-1.0, 0.0, 1.0]
         """
-        check_codes(codes, 0, len(self.values) - 1)
         return look_up(self._table, codes)
 
     @cached_property

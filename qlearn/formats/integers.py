@@ -23,7 +23,7 @@ version).
 **Trits**, the numbers -1, 0, 1 of ternary networks, hold log2(3) = 1.58 bits each. Five of them fit into a byte, since
 3**5 = 243: the byte is the sum of (trit i + 1) * 3**i, the first trit being the lowest digit. That is 1.6 bits a trit.
 
-Torch tensors are packed and unpacked by torch, on the device where they are; everything else by NumPy.
+A tensor on a GPU is packed and unpacked there, by the same lines with torch's operations in place of NumPy's.
 """
 
 import math
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlearn.formats.arrays import as_floats, check_codes, is_tensor, like, to_numpy
+from qlearn.formats.arrays import as_floats, check_codes, is_tensor, native, to_numpy
 from qlearn.formats.base import Format
 
 TRITS_PER_BYTE = 5
@@ -63,7 +63,8 @@ def to_unsigned(numbers, bits):
     >>> to_unsigned([-8, -1, 0, 7], bits=4).tolist()
     [8, 15, 0, 7]
     """
-    return like(numbers, _as_uint8(check_codes(numbers, *integer_range(bits))) & (2**bits - 1))
+    numbers, restore = native(numbers)
+    return restore(_as_uint8(check_codes(numbers, *integer_range(bits))) & (2**bits - 1))
 
 
 def from_unsigned(codes, bits):
@@ -72,9 +73,10 @@ def from_unsigned(codes, bits):
     >>> from_unsigned([8, 15, 0, 7], bits=4).tolist()
     [-8, -1, 0, 7]
     """
-    unsigned = _as_uint8(check_codes(codes, *integer_range(bits, signed=False)))
+    codes, restore = native(codes)
+    codes = _as_uint8(check_codes(codes, *integer_range(bits, signed=False)))
     spare = 8 - bits  # lift the sign bit to the top of the byte; shifted back as a signed byte, it fills the spare bits
-    return like(codes, _view_int8(unsigned << spare) >> spare)
+    return restore(_view_int8(codes << spare) >> spare)
 
 
 def packed_size(count, bits):
@@ -97,6 +99,7 @@ def pack(codes, bits):
     >>> pack([1, 2, 3], bits=4).tolist()        # 0x21, 0x03
     [33, 3]
     """
+    codes, restore = native(codes)
     codes = _as_uint8(check_codes(codes, *integer_range(bits, signed=False))).reshape(-1)
     size = packed_size(len(codes), bits)
     per_picture, picture_bytes = _picture(bits)
@@ -106,7 +109,7 @@ def pack(codes, bits):
         packed[:, byte] |= codes[:, place] << shift
         if shift + bits > 8:
             packed[:, byte + 1] |= codes[:, place] >> (8 - shift)
-    return packed.reshape(-1)[:size]
+    return restore(packed.reshape(-1)[:size])
 
 
 def unpack(packed, bits, count):
@@ -119,6 +122,7 @@ def unpack(packed, bits, count):
     [1, 2, 3]
     """
     size = packed_size(count, bits)
+    packed, restore = native(packed)
     packed = _check_packed(packed, size, f"{count} codes of {bits} bits")
     per_picture, picture_bytes = _picture(bits)
     packed = _padded(packed, picture_bytes)
@@ -128,7 +132,7 @@ def unpack(packed, bits, count):
         if shift + bits > 8:
             field = field | packed[:, byte + 1] << (8 - shift)
         codes[:, place] = field & (2**bits - 1)
-    return codes.reshape(-1)[:count]
+    return restore(codes.reshape(-1)[:count])
 
 
 def pack_trits(trits):
@@ -140,11 +144,12 @@ def pack_trits(trits):
     >>> pack_trits([1, 0, -1, -1, -1, 0]).tolist()        # 2 + 1*3, and 1
     [5, 1]
     """
+    trits, restore = native(trits)
     digits = _padded(_as_uint8(check_codes(trits, -1, 1) + 1).reshape(-1), TRITS_PER_BYTE)
     packed = _zeros(digits, len(digits))
     for place in range(TRITS_PER_BYTE):
         packed += digits[:, place] * 3**place
-    return packed
+    return restore(packed)
 
 
 def unpack_trits(packed, count):
@@ -157,11 +162,12 @@ def unpack_trits(packed, count):
     [1, 0, -1, -1, -1, 0]
     """
     size = -(-_check_count(count) // TRITS_PER_BYTE)
+    packed, restore = native(packed)
     packed = check_codes(_check_packed(packed, size, f"{count} trits"), 0, 3**TRITS_PER_BYTE - 1)
     digits = _zeros(packed, len(packed), TRITS_PER_BYTE)
     for place in range(TRITS_PER_BYTE):
         digits[:, place] = packed // 3**place % 3
-    return _view_int8(digits.reshape(-1)[:count] - 1)
+    return restore(_view_int8(digits.reshape(-1)[:count] - 1))
 
 
 @dataclass(frozen=True)
@@ -197,10 +203,9 @@ class Integers(Format):
 
     def decode(self, codes):
         """Return the integer of each code: float32 of the same shape. ValueError when a code does not fit in bits."""
+        codes, restore = native(codes)
         numbers = self.from_unsigned(codes)
-        if isinstance(numbers, int):
-            return float(numbers)
-        return numbers.float() if is_tensor(numbers) else numbers.astype(np.float32)
+        return restore(numbers.float() if is_tensor(numbers) else numbers.astype(np.float32))
 
     def to_unsigned(self, codes):
         """Return integers of the range as they are stored, uint8; ValueError when one is out of range."""
@@ -211,7 +216,8 @@ class Integers(Format):
         return from_unsigned(codes, self.bits) if self.signed else self._unchanged(codes)
 
     def _unchanged(self, codes):
-        return like(codes, _as_uint8(check_codes(codes, *integer_range(self.bits, signed=False))))
+        codes, restore = native(codes)
+        return restore(_as_uint8(check_codes(codes, *integer_range(self.bits, signed=False))))
 
 
 # ---- the picture that repeats ----------------------------------------------------------------------------------------
@@ -269,8 +275,6 @@ def _check_count(count):
 
 def _check_packed(packed, size, what):
     """Return the first `size` bytes."""
-    if not is_tensor(packed):
-        packed = np.asarray(packed)
     if str(packed.dtype) not in ("uint8", "torch.uint8") or packed.ndim != 1:
         raise ValueError(f"packed codes are 1-D uint8, not {packed.ndim}-D {packed.dtype}: pass what pack returned")
     if len(packed) < size:

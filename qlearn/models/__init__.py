@@ -4,6 +4,8 @@
     quantize_model   every linear layer of a model, in place                           quantize.py
     QuantLinear      the layer that takes the place of nn.Linear                       linear.py
     generate         the greedy continuation of a prompt                               generate.py
+
+They work on any causal language model of transformers; nothing is special-cased for the bundled one.
 """
 
 from qlearn.models.generate import generate

@@ -2,12 +2,14 @@
 
     y = x W^T + b        with W = dequantize(codes, scales, ...) made anew in every forward pass, and dropped after it
 
-Between two passes only the packed tensors exist, so the memory is really saved. This layer is plain: it spends time to unpack the
-matrix, where a fast one multiplies with the codes directly. What it computes is exactly F.linear with the dequantized weight.
+Between two passes only the packed tensors exist, so the memory is really saved. This layer is plain: it spends time
+to unpack the matrix, where a fast one multiplies with the codes directly. What it computes is exactly F.linear with
+the dequantized weight.
 
-The tensors are buffers, so `state_dict()`, `load_state_dict()` and `.to(device)` do what they do for any module. With one exception:
-a change of dtype (`model.half()`, `model.to(torch.bfloat16)`) leaves them alone. A scale that is stored as float16 is part of a
-format, and rounding it to another type would silently change every weight it belongs to.
+The tensors are buffers, so `state_dict()`, `load_state_dict()` and `.to(device)` do what they do for any module. With
+one exception: a change of dtype (`model.half()`, `model.to(torch.bfloat16)`) leaves them alone. A scale that is
+stored as float16 is part of a format, and rounding it to another type would silently change every weight it belongs
+to.
 """
 
 import torch.nn.functional as F
@@ -19,7 +21,8 @@ from qlearn.tensor import QuantizedTensor
 class QuantLinear(nn.Module):
     """Takes the place of nn.Linear.
 
-    quantized: QuantizedTensor (out_features, in_features).  bias: tensor (out_features,) or None, kept in its own dtype.
+    quantized: QuantizedTensor (out_features, in_features).  bias: tensor (out_features,) or None, kept in its own
+    dtype.
 
     >>> import qlearn, torch
     >>> layer = QuantLinear(qlearn.quantize(torch.eye(4), "absmax", bits=4))
@@ -57,5 +60,5 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self):
         """What print(model) shows."""
-        bits = self.quantized.bits_per_weight
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quantized.format.name}, {bits:.3g} bits"
+        sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self.quantized.format.name}, {self.quantized.bits_per_weight:.3g} bits"

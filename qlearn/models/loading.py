@@ -1,10 +1,12 @@
 """Getting a model: the one that ships with the package, or any other.
 
-The bundled model is a Llama of 7.3 million parameters that writes Python, trained by `qlearn/training/pretrain.py`. It lies in
-`qlearn/models/bundled/` in transformers' own format, so it is loaded by transformers, like every other model, and nothing is fetched.
+The bundled model is a Llama of 7.3 million parameters that writes Python, trained by `qlearn/training/pretrain.py`.
+It lies in `qlearn/models/bundled/` in transformers' own format, so it is loaded by transformers, like every other
+model, and nothing is fetched.
 
-Any other causal language model is named by a folder, or by its id on the Hugging Face hub. What is in the local cache is taken from
-there. For the rest the hub is asked once, with a short time limit, whether it is there and has the model; only then is it downloaded.
+Any other causal language model is named by a folder, or by its id on the Hugging Face hub. What is in the local cache
+is taken from there. For the rest the hub is asked once, with a short time limit, whether it is there and has the
+model; only then is it downloaded.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ def load_model(name_or_path=None, dtype=torch.float32, progress=True):
     """A causal language model and its tokenizer.
 
     name_or_path: None for the bundled model; else a folder, or an id on the Hugging Face hub such as "Qwen/Qwen3-0.6B".
-    dtype: the type to compute in; float32 is the fastest on a CPU.  progress: show bars while another model is fetched and loaded.
+    dtype: the type to compute in; float32 is the fastest on a CPU.
+    progress: show bars while another model is fetched and loaded.
     Returns (model in eval mode, without gradients, on the CPU; tokenizer).
     Raises OSError, in one sentence, when the model cannot be had, and ValueError when what is there is no model.
 
@@ -33,7 +36,9 @@ def load_model(name_or_path=None, dtype=torch.float32, progress=True):
     if Path(name_or_path).is_dir():
         return _load(name_or_path, dtype, progress)
     if Path(name_or_path).is_absolute() or str(name_or_path).startswith("."):
-        raise FileNotFoundError(f"there is no folder {str(name_or_path)!r}; give an existing one, or an id such as 'Qwen/Qwen3-0.6B'")
+        raise FileNotFoundError(
+            f"there is no folder {str(name_or_path)!r}; give an existing one, or an id such as 'Qwen/Qwen3-0.6B'"
+        )
     with contextlib.suppress(OSError):  # not in the cache, or not all of it
         return _load(name_or_path, dtype, progress)
     _ask_hub(name_or_path)
@@ -53,11 +58,13 @@ def _load(name_or_path, dtype, progress, local_files_only=True):
         raise ValueError(f"a weight file of {str(name_or_path)!r} is incomplete ({error}); fetch it again") from error
     except OSError as error:
         raise OSError(
-            f"the model {str(name_or_path)!r} is not complete ({_first_line(error)}); fetch all of its files, and if it asks "
-            "for consent, give it on the hub's page and log in"
+            f"the model {str(name_or_path)!r} is not complete ({_first_line(error)}); fetch all of its files, and if "
+            "it asks for consent, give it on the hub's page and log in"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{str(name_or_path)!r} is no causal language model ({_first_line(error)}); name another one") from error
+        raise ValueError(
+            f"{str(name_or_path)!r} is no causal language model ({_first_line(error)}); name another one"
+        ) from error
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -70,12 +77,13 @@ def _ask_hub(name):
         model_info(name, timeout=HUB_TIMEOUT)
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise OSError(
-            f"there is no model {name!r}, neither a folder here nor on the Hugging Face hub; check the spelling, and log in if it is private"
+            f"there is no model {name!r}, neither a folder here nor on the Hugging Face hub; check the spelling, and "
+            "log in if it is private"
         ) from error
-    except Exception as error:  # no network, a proxy, offline mode, a hub in trouble: the client has an exception for each
+    except Exception as error:  # no network, a proxy, offline mode: the client has an exception for each
         raise OSError(
-            f"the model {name!r} is not on this machine and the Hugging Face hub cannot be reached; connect and try again, "
-            "give the path of a folder, or use load_model() for the bundled model, which needs no network"
+            f"the model {name!r} is not on this machine and the Hugging Face hub cannot be reached; connect and try "
+            "again, give the path of a folder, or use load_model() for the bundled model, which needs no network"
         ) from error
 
 

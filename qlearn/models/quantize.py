@@ -1,13 +1,15 @@
 """Quantizing a whole model: every nn.Linear in it, wherever it is.
 
-Nothing here knows an architecture. The model is walked, each nn.Linear is quantized and replaced by a QuantLinear, except
+Nothing here knows an architecture. The model is walked, each nn.Linear is quantized and replaced by a QuantLinear,
+except
 
-* layers the caller names in `skip`, `lm_head` unless told otherwise: the last layer turns small errors into other words, and
-* a layer tied to the input embedding, which is a table that must be kept anyway; quantized, the matrix would be stored twice.
+* layers the caller names in `skip`; `lm_head` unless told otherwise, as is usual, for it picks the words, and
+* a layer tied to the input embedding: that table must be kept anyway, so the matrix would be stored twice.
 
-Almost all weights of a language model are in its linear layers, and embeddings and norms are left as they are on purpose. But some
-models keep large weights elsewhere, such as the experts of a mixture in one three-dimensional tensor. Those cannot be
-quantized here, and to leave them out silently would make a nonsense of any bits-per-weight figure: a warning names them.
+Almost all weights of a language model are in its linear layers, and embeddings and norms are left as they are on
+purpose. But some models keep large weights elsewhere, such as the experts of a mixture in one three-dimensional
+tensor. Those cannot be quantized here, and to leave them out silently would make a nonsense of any bits-per-weight
+figure: a warning names them.
 
 All layers are quantized before the first one is replaced, so that a failure leaves the model as it was.
 """
@@ -31,8 +33,8 @@ def quantize_model(model, method="absmax", bits=4, group_size=64, skip=SKIP, pro
     method, bits, group_size, options: as for `qlearn.quantize`.  progress: show a bar.
     skip: layers to leave out: full names, their last parts ("down_proj"), or patterns ("model.layers.0.*").
     Returns the model.
-    Raises ValueError for an unknown method, a layer the method cannot take (its name and size are said), a name in `skip` that fits
-    nothing, and a model without any linear layer to quantize; the model is unchanged then.
+    Raises ValueError for an unknown method, a layer the method cannot take (its name and size are said), a name in
+    `skip` that fits nothing, and a model without any linear layer to quantize; the model is unchanged then.
     Warns about matrices that are not nn.Linear and not named in `skip`.
 
     >>> import qlearn
@@ -46,7 +48,9 @@ def quantize_model(model, method="absmax", bits=4, group_size=64, skip=SKIP, pro
     _check_skip(model, skip)
     layers = linear_layers(model, skip)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize with skip={skip}; quantize_model handles nn.Linear")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to quantize with skip={skip}; quantize_model handles nn.Linear"
+        )
     _warn_of_others(model, skip)
     replacements = {}
     for name, layer in tqdm(layers.items(), desc=f"{method}, {bits} bits", unit=" layers", disable=not progress):
@@ -73,8 +77,9 @@ def linear_layers(model, skip=SKIP):
 def matches(name, patterns):
     """Whether a dotted name is one of the patterns, ends with one, or fits one with wildcards.
 
-    >>> matches("model.layers.3.mlp.down_proj", ["down_proj"]), matches("model.layers.3.mlp.down_proj", ["model.layers.1.*"])
-    (True, False)
+    >>> name = "model.layers.3.mlp.down_proj"
+    >>> matches(name, ["down_proj"]), matches(name, ["model.layers.*.mlp.*"]), matches(name, ["proj"])
+    (True, True, False)
     """
     return any(name == p or name.endswith("." + p) or fnmatchcase(name, p) for p in patterns)
 
@@ -107,8 +112,8 @@ def _warn_of_others(model, skip):
     share = sum(p.numel() for p in left.values()) / sum(p.numel() for p in model.parameters())
     kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left})
     warnings.warn(
-        f"{len(left)} matrices with {share:.1%} of the parameters are not in an nn.Linear and stay unquantized: {', '.join(kinds)}; "
-        "name them in skip= to say that this is intended",
+        f"{len(left)} matrices with {share:.1%} of the parameters are not in an nn.Linear and stay unquantized: "
+        f"{', '.join(kinds)}; name them in skip= to say that this is intended",
         stacklevel=3,
     )
 

@@ -12,7 +12,9 @@ from qlearn.evaluate.windows import passage, predict
 
 
 def all_logits(model, tokenizer, text, **options):
-    return torch.cat([logits for logits, _ in predict(model, passage(model, tokenizer, text, **options))]).double().numpy()
+    return (
+        torch.cat([logits for logits, _ in predict(model, passage(model, tokenizer, text, **options))]).double().numpy()
+    )
 
 
 def softmax(logits):

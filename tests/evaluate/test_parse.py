@@ -46,7 +46,10 @@ HEADER = 'def double(x):\n    """Twice x."""'
         ("    y = 2\n    try:\n        y = x\n", True),
         ('    y = 2\n    z = """\n', True),
         ("    return (2 * x\n\n\n", False),  # nothing but an unfinished statement
-        ("    y = 2\n    return max(\n        y,\ndef g():\n", False),  # the bracket was still open when the function was over
+        (
+            "    y = 2\n    return max(\n        y,\ndef g():\n",
+            False,
+        ),  # the bracket was still open when the function was over
         ("    y = 2\n    return x)\n", False),
         ("    y = 2\n    return max(x]\n", False),
         ("    y = 2\n  return y\n", False),

@@ -80,7 +80,9 @@ def test_columns_nobody_measured_are_left_out():
     assert table([bare]).cells()[0] == ["name", "perplexity", "bits/weight", "MB"]
 
 
-@pytest.mark.parametrize("value, shown", [(1.0, "1.000"), (48123.7, "48124"), (2.5e9, "2.500e+09"), (float("inf"), "inf")])
+@pytest.mark.parametrize(
+    "value, shown", [(1.0, "1.000"), (48123.7, "48124"), (2.5e9, "2.500e+09"), (float("inf"), "inf")]
+)
 def test_perplexities_of_any_size_can_be_shown(value, shown):
     assert table([row(perplexity=value)]).cells()[1][1] == shown
 

@@ -1,6 +1,7 @@
 """The texts that ship."""
 
 import ast
+import re
 
 import pytest
 
@@ -18,5 +19,8 @@ def test_a_text_is_python_and_long_enough(text):
 
 
 def test_the_texts_share_no_file():
-    named = [{line for line in text().splitlines() if line.startswith("# qlearn/")} for text in (evaluation_text, calibration_text)]
+    named = [
+        {line for line in text().splitlines() if re.fullmatch(r"# [\w/]+\.py", line)}
+        for text in (evaluation_text, calibration_text)
+    ]
     assert named[0] and named[1] and not named[0] & named[1]

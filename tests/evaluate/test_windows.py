@@ -30,7 +30,9 @@ def test_sliding_reads_the_windows_of_hugging_faces_loop(count, width, data):
     for begin in range(0, count, stride):
         end = min(begin + width, count)
         new = end - previous_end
-        scored = [t for t in range(end - new, end) if t > begin]  # the loss has no prediction for a window's first token
+        scored = [
+            t for t in range(end - new, end) if t > begin
+        ]  # the loss has no prediction for a window's first token
         if scored:
             expected.append(Window(begin, scored[0], end))
         previous_end = end
@@ -42,7 +44,7 @@ def test_sliding_reads_the_windows_of_hugging_faces_loop(count, width, data):
 @pytest.mark.parametrize("width", [3, 4, 7, 512])
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_second_halves_score_as_llama_perplexity_does(width, extra):
-    # perplexity.cpp: first = n_ctx / 2; the logits at first ... n_ctx - 2 are held against tokens first + 1 ... n_ctx - 1.
+    # perplexity.cpp: first = n_ctx / 2; logits first ... n_ctx - 2 are held against tokens first + 1 ... n_ctx - 1.
     windows = second_halves(3 * width + extra, width)
     first = width // 2
     assert len(windows) == 3
@@ -94,7 +96,9 @@ def test_predict_batches_do_not_change_the_logits(model, tokenizer, text, monkey
     monkeypatch.setattr("qlearn.evaluate.windows.LOGITS_AT_ONCE", 1)
     alone = list(predict(model, cut))
     assert len(together) < len(alone) == len(cut.windows)
-    torch.testing.assert_close(torch.cat([x for x, _ in together]), torch.cat([x for x, _ in alone]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([x for x, _ in together]), torch.cat([x for x, _ in alone]), rtol=1e-12, atol=1e-12
+    )
     assert torch.cat([t for _, t in together]).tolist() == torch.cat([t for _, t in alone]).tolist()
 
 

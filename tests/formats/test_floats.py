@@ -47,12 +47,12 @@ def both_signs(x):
 
 
 def assert_same_codes(ours, theirs, format):
-    """Bit for bit; of NaN only the sign counts in FP16 and FP32, since NumPy carries payloads over and ml_dtypes does not."""
+    """Bit for bit, but for the payload of NaN in FP16 and FP32, which NumPy carries over: ours is the quiet NaN."""
     ours, theirs = ours.astype(np.int64), theirs.astype(np.int64)
     if format in (FP16, FP32):
         nan = np.isnan(oracle_decode(theirs, format))
         payload = (1 << format.mantissa_bits) - 1
-        assert np.array_equal(ours[nan] & payload, np.full(nan.sum(), (payload + 1) // 2)), "not the quiet NaN"
+        assert np.array_equal(ours[nan] & payload, np.full(nan.sum(), (payload + 1) // 2))
         theirs = np.where(nan, theirs & ~np.int64(payload) | (payload + 1) // 2, theirs)
     assert np.array_equal(ours, theirs)
 
@@ -198,7 +198,7 @@ def test_stochastic_is_unbiased(format, fraction):
 
 
 def test_stochastic_rounding_of_a_sum_keeps_what_nearest_loses():
-    """A thousand additions of a tenth of a step: nearest never moves, stochastic arrives, within five standard deviations."""
+    """Add a tenth of a step a thousand times: nearest never moves, stochastic arrives, within 5 standard deviations."""
     generator = np.random.default_rng(7)
     nearest = stochastic = np.ones(64, np.float32)
     for _ in range(1000):

@@ -36,11 +36,11 @@ def test_every_format_decodes_all_codes_of_its_bits_and_encodes_them_back(name):
     assert numbers.dtype == np.float32 and numbers.shape == codes.shape
     known = ~np.isnan(numbers)
     assert np.array_equal(format.encode(numbers[known]), codes[known])
-    assert np.array_equal(
-        format.from_unsigned(format.to_unsigned(format.from_unsigned(codes))), format.from_unsigned(codes)
-    )
+    assert np.array_equal(format.to_unsigned(format.from_unsigned(codes)), codes)
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="format 'int9' is unknown: choose from int1, .*uint8, fp32, .*e8m0, nf4, nf3"):
+    with pytest.raises(
+        ValueError, match=r"format 'int9' is unknown: choose from int1, .*uint8, fp32, .*e8m0, nf4, nf3"
+    ):
         formats.get("int9")

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlearn.formats import integers
 from qlearn.formats.integers import (
     Integers,
     from_unsigned,
@@ -156,6 +157,23 @@ def test_unpack_ignores_what_lies_past_the_last_code():
     assert unpack(packed, 3, 0).tolist() == []
 
 
+def test_torch_operations_do_the_same(monkeypatch):
+    """What runs for a tensor on a GPU, here on the CPU, where NumPy would otherwise step in."""
+    monkeypatch.setattr(integers, "native", lambda x: (x, lambda result: result))
+    for bits in ALL_BITS:
+        codes = torch.from_numpy(random_codes(bits, 1001))
+        packed = pack(codes, bits)
+        assert packed.tolist() == pack_bit_by_bit(codes.tolist(), bits)
+        assert torch.equal(unpack(packed, bits, 1001), codes)
+        signed = from_unsigned(codes, bits)
+        assert signed.dtype == torch.int8 and torch.equal(to_unsigned(signed, bits), codes)
+        for format in (Integers(bits), Integers(bits, signed=False)):
+            numbers = format.decode(codes)
+            assert numbers.dtype == torch.float32 and torch.equal(format.from_unsigned(codes).float(), numbers)
+    trits = torch.from_numpy(np.random.default_rng(0).integers(-1, 2, 1003, dtype=np.int8))
+    assert torch.equal(unpack_trits(pack_trits(trits), 1003), trits)
+
+
 # ---- trits -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +230,7 @@ def test_errors_name_the_value(kind):
         to_unsigned(kind([8]), 4)
     with pytest.raises(ValueError, match="code 2 is out of range: codes here run from -1 to 1"):
         pack_trits(kind([0, 2]))
-    with pytest.raises(ValueError, match="codes must be integers, not .*float"):
+    with pytest.raises(ValueError, match=r"codes must be integers, not .*float"):
         pack(kind([1.0, 2.0]), 4)
     packed = pack(kind([1, 2, 3]), 4)
     with pytest.raises(ValueError, match="5 codes of 4 bits take 3 bytes, but only 2 were given"):

@@ -63,7 +63,9 @@ def test_state_dict_round_trip(quantized, tmp_path):
     assert torch.equal(layer(x), other(x))
 
 
-@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)])
+@pytest.mark.parametrize(
+    "change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)]
+)
 def test_a_change_of_dtype_leaves_the_format_alone(quantized, change):
     layer = QuantLinear(quantized, torch.linspace(-1, 1, 24))
     before = {name: tensor.clone() for name, tensor in quantized.state_tensors().items()}

@@ -62,9 +62,9 @@ def test_progress_bars_are_shown_on_request_and_left_as_they_were(folder, capsys
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder '.*nowhere'; give an existing one"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*nowhere'; give an existing one"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="there is no folder './nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '\./nowhere'"):
         load_model("./nowhere")
 
 
@@ -74,7 +74,11 @@ def test_a_folder_that_is_not_there(tmp_path):
         (lambda f: (f / "model.safetensors").unlink(), OSError, "is not complete .*; fetch all of its files"),
         (lambda f: (f / "config.json").unlink(), ValueError, "is no causal language model"),
         (lambda f: (f / "config.json").write_text('{"model_type": "vit"}'), ValueError, "is no causal language model"),
-        (lambda f: (f / "model.safetensors").open("r+b").truncate(5000), ValueError, "a weight file of .* is incomplete"),
+        (
+            lambda f: (f / "model.safetensors").open("r+b").truncate(5000),
+            ValueError,
+            "a weight file of .* is incomplete",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), ValueError, "is no causal language model"),
     ],
 )
@@ -87,7 +91,9 @@ def test_a_damaged_folder_is_named(folder, damage, error, message):
 
 
 def test_another_model_offline(no_network):
-    message = "the model 'nobody/unknown' is not on this machine and the Hugging Face hub cannot be reached; .* load_model"
+    message = (
+        "the model 'nobody/unknown' is not on this machine and the Hugging Face hub cannot be reached; .* load_model"
+    )
     with pytest.raises(OSError, match=message):
         load_model("nobody/unknown")
 
@@ -97,7 +103,7 @@ def test_a_model_the_hub_does_not_have(monkeypatch):
         raise RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
 
     monkeypatch.setattr("huggingface_hub.model_info", missing)
-    with pytest.raises(OSError, match="there is no model 'nobody/unknown', neither .*; check the spelling"):
+    with pytest.raises(OSError, match=r"there is no model 'nobody/unknown', neither .*; check the spelling"):
         load_model("nobody/unknown")
 
 

@@ -13,6 +13,7 @@ from qlearn.models import QuantLinear, quantize_model
 from qlearn.models.quantize import linear_layers, matches
 
 INPUT = torch.arange(24).view(2, 12)
+FIRST, LAST = r"layer model\.layers\.0\.self_attn\.q_proj", r"layer model\.layers\.1\.mlp\.down_proj"
 
 
 def quantize_quietly(model, *args, **options):
@@ -48,7 +49,11 @@ def test_only_the_mixture_warns(make_model, family):
         assert messages == []
         return
     (message,) = messages
-    for name in ("model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj", "model.layers.*.mlp.gate.weight"):
+    for name in (
+        "model.layers.*.mlp.experts.gate_up_proj",
+        "model.layers.*.mlp.experts.down_proj",
+        "model.layers.*.mlp.gate.weight",
+    ):
         assert name in message
     model = make_model(family)
     left = [p for n, p in model.named_parameters() if ".mlp.experts." in n or n.endswith(".mlp.gate.weight")]
@@ -60,7 +65,10 @@ def test_what_is_named_in_skip_is_not_warned_of(make_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = quantize_model(
-            make_model("deepseek v3"), group_size=16, skip=("lm_head", "*.mlp.experts.*", "mlp.gate.weight"), progress=False
+            make_model("deepseek v3"),
+            group_size=16,
+            skip=("lm_head", "*.mlp.experts.*", "mlp.gate.weight"),
+            progress=False,
         )
     assert isinstance(model.model.layers[1].mlp.shared_experts.down_proj, QuantLinear)
 
@@ -138,15 +146,19 @@ def break_weight(model):
     "arguments, prepare, message",
     [
         ({"method": "absmaxx"}, None, "method 'absmaxx' is unknown; choose from absmax, "),
-        ({"group_size": 48}, None, r"layer model\.layers\.0\.self_attn\.q_proj \(32 x 32\): group_size=48 does not divide the 32 columns"),
-        ({"group_size": 64, "skip": ["self_attn*", "*attn.*", "up_proj", "gate_proj", "o_proj"]}, None, "fits no layer"),
-        ({"group_size": 64, "skip": ["*attn.*", "up_proj", "gate_proj"]}, break_weight, r"layer model\.layers\.1\.mlp\.down_proj \(32 x 64\): .*nan"),
-        ({"bits": 9, "group_size": 16}, None, r"layer model\.layers\.0\.self_attn\.q_proj .*bits=9"),
+        ({"group_size": 48}, None, rf"{FIRST} \(32 x 32\): group_size=48 does not divide the 32 columns"),
+        (
+            {"group_size": 64, "skip": "*attn.*"},
+            None,
+            r"layer model\.layers\.0\.mlp\.gate_proj \(64 x 32\): group_size=64",
+        ),
+        ({"group_size": 16}, break_weight, rf"{LAST} \(32 x 64\): .*nan at row 3, column 5"),
+        ({"bits": 9, "group_size": 16}, None, f"{FIRST} .*bits=9"),
         ({"group_size": 16, "skip": ["lm_haed"]}, None, "skip='lm_haed' fits no layer of LlamaForCausalLM"),
         ({"group_size": 16, "skip": ["model.*"]}, None, "no linear layer to quantize"),
         ({"group_size": 16, "clip": "never"}, None, "clip='never' is unknown"),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_says_why_and_leaves_the_model_as_it_was(model, arguments, prepare, message):
     if prepare:
         prepare(model)

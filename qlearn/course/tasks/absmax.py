@@ -203,12 +203,7 @@ def _a_scale_for_each_weight(weight, bits, group_size):
     return codes, scales.repeat_interleave(group_size, dim=1)
 
 
-def _codes_left_in_groups(weight, bits, group_size):
-    codes, scales = _grouped(weight, bits, group_size)
-    return codes.reshape(weight.shape[0], -1, group_size), scales
-
-
-def _groups_not_handled(weight, bits, group_size):
+def _zeros_give_nan(weight, bits, group_size):
     groups = weight.reshape(weight.shape[0], -1, group_size)
     scales = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
     return (groups / scales[..., None]).round().to(torch.int8).reshape(weight.shape), scales
@@ -323,11 +318,6 @@ QUANTIZE_MUTANTS = (
         "This is what you get when the scale is kept above a small constant: tiny weights then lose their codes. Only a scale of exactly "
         "0 needs to be replaced, and by 1.",
     ),
-    Mutant(
-        "codes not converted",
-        lambda w, bits: ((w / _absmax(w, bits)[1]).round(), _absmax(w, bits)[1]),
-        "The numbers are right, but rounded floats are still floats: convert the codes to torch.int8.",
-    ),
 )
 
 GROUPED_MUTANTS = (
@@ -379,13 +369,8 @@ GROUPED_MUTANTS = (
         "weights did. Return one for each group.",
     ),
     Mutant(
-        "codes left in groups",
-        _codes_left_in_groups,
-        "The codes are right, but still cut into groups: reshape them to (rows, columns) again.",
-    ),
-    Mutant(
         "a group of zeros gives NaN",
-        _groups_not_handled,
+        _zeros_give_nan,
         "A group of zeros has scale 0, and 0 / 0 is not a number: use scale 1 for that group, and leave the others alone.",
     ),
 )
@@ -425,16 +410,6 @@ SQNR_MUTANTS = (
         "absolute values",
         lambda w, r: _ratio(w.abs().sum(), (w - r).abs().sum(), factor=20),
         "This is what you get with mean absolute values: power is the mean square.",
-    ),
-    Mutant(
-        "peak for power",
-        lambda w, r: _ratio(w.abs().max().square() * w.numel(), (w - r).square().sum()),
-        "This is the ratio of the largest weight to the noise (PSNR); the signal's power is the sum over all weights.",
-    ),
-    Mutant(
-        "worst error",
-        lambda w, r: _ratio(w.abs().max(), (w - r).abs().max(), factor=20),
-        "This compares the largest weight with the largest error: power is a sum over all of them.",
     ),
     Mutant(
         "rows averaged",
@@ -479,11 +454,6 @@ BITS_MUTANTS = (
         "groups of one row",
         lambda r, c, b, g=None: _stored(r, c, b, g, groups=c // (g or c)),
         "This counts the scales of one row only: every row has its own.",
-    ),
-    Mutant(
-        "one scale in all",
-        lambda r, c, b, g=None: _stored(r, c, b, g, groups=1 if g is None else None),
-        "This counts a single scale where no group size is given: then each row has one.",
     ),
     Mutant(
         "last byte not rounded up",
@@ -542,11 +512,6 @@ PACK_MUTANTS = (
         "This stores a sign bit and a magnitude, as floats do: two's complement is what the int8 has already, cut to its low four bits.",
     ),
     Mutant(
-        "signs dropped",
-        lambda c: _pack(c, number=lambda c: c.abs().to(torch.uint8) & 15),
-        "This stores magnitudes: the signs are gone.",
-    ),
-    Mutant(
         "halves of the list",
         _halves,
         "This pairs each code with the one half a list further on (as the Q4_0 format does within its blocks): here neighbours share a byte.",
@@ -565,11 +530,6 @@ PACK_MUTANTS = (
         "a byte for each code",
         lambda c: c.to(torch.uint8) & 15,
         "The nibbles are right, but each has a byte of its own: half of the bits are stored for nothing.",
-    ),
-    Mutant(
-        "signed bytes",
-        lambda c: _pack(c).view(torch.int8),
-        "The bits are right, but the bytes are signed: packed bytes are torch.uint8.",
     ),
 )
 

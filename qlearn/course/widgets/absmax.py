@@ -1,7 +1,7 @@
 """Explorers for lesson 02: what a symmetric grid does to weights, and what one outlier does to the grid.
 
-Everything is measured through the package's own `qlearn.quantize`, once for each setting, when the explorer is made; dragging only
-looks it up and draws.
+Everything is measured through the package's own `qlearn.quantize`, once for each setting, when the explorer is made;
+dragging only looks it up and draws.
 """
 
 import ipywidgets
@@ -19,20 +19,25 @@ class AbsmaxExplorer(LivePlot):
     def __init__(self, weights, bits, group_size):
         self._weights = measure.as_matrix(weights)
         self._bits = measure.bit_range(bits)
+        low, high = self._bits[0], self._bits[-1]
         self._sharers = measure.sharers(self._weights, group_size)
         self._errors = {
             (b, share): measure.measure(self._weights, measure.quantize(self._weights, "absmax", b, share))
             for _, share in self._sharers
             for b in self._bits
         }
-        limit = max(self._errors[min(3, self._bits[-1]) if self._bits[0] <= 3 else self._bits[0], measure.TENSOR].scale / 2, 1e-30)
+        limit = (
+            self._errors[min(max(3, low), high), measure.TENSOR].scale / 2
+        )  # at 2 bits the tails go beyond the picture
         self._edges = np.linspace(-limit, limit, 121)
-        self._counts = {key: _peak_one(np.histogram(error.values, self._edges)[0]) for key, error in self._errors.items()}
+        self._counts = {
+            key: _peak_one(np.histogram(error.values, self._edges)[0]) for key, error in self._errors.items()
+        }
         controls = {
-            "bits": ipywidgets.IntSlider(min=self._bits[0], max=self._bits[-1], value=min(4, self._bits[-1])),
+            "bits": ipywidgets.IntSlider(min=low, max=high, value=min(max(4, low), high)),
             "shared": ipywidgets.Dropdown(options=self._sharers, description="a scale for each"),
         }
-        alt = "Left: histogram of weights over the grid of the first block. Middle: histogram of errors. Right: rms error against bits."
+        alt = "A histogram of weights over the grid of the first block, one of the errors, and rms error against bits."
         super().__init__(self._setup, self._update, figsize=(10, 3), alt=alt, name="AbsmaxExplorer", **controls)
 
     def _setup(self, figure):
@@ -40,7 +45,14 @@ class AbsmaxExplorer(LivePlot):
         limit = self._weights.abs().max().item()
         counts, edges = np.histogram(self._weights.numpy(), 100, (-limit, limit))
         left.stairs(_peak_one(counts), edges, fill=True, color=plots.COLORS["original"], alpha=0.5)
-        left.set(title="weights and grid", xlabel="weight", xlim=(-1.03 * limit, 1.03 * limit), ylim=(0, 1.05), yticks=[])
+        left.set(
+            title="weights, over the grid",
+            xlabel="weight",
+            xlim=(-1.03 * limit, 1.03 * limit),
+            ylim=(-0.25, 1.05),
+            yticks=[],
+        )
+        left.locator_params(axis="x", nbins=5)
         middle.set(title="errors", xlabel="read back − weight", xlim=self._edges[[0, -1]], ylim=(0, 1.05), yticks=[])
         right.set(title="rms error", xlabel="bits of a code", ylabel="% of rms weight", yscale="log")
         for _, share in self._sharers:
@@ -59,7 +71,7 @@ class AbsmaxExplorer(LivePlot):
     def _update(self, bits, shared):
         error = self._errors[bits, shared]
         low, high = integer_range(bits, symmetric=True)
-        self._grid.set_data(*measure.lines(np.arange(low, high + 1) * error.scale))
+        self._grid.set_data(*measure.lines(np.arange(low, high + 1) * error.scale, -0.22, -0.02))
         self._histogram.set_data(self._counts[bits, shared])
         self._line.set_data(self._bits, self._curve(shared))
         self._dot.set_data([bits], [100 * error.relative])
@@ -74,11 +86,12 @@ def absmax_explorer(weights, bits=(2, 8), group_size=None):
     """Drag the bits, choose who shares a scale, and see grid, errors, and true bits per weight.
 
     weights: a matrix (or a vector); 65,536 entries take a quarter of a second to measure at all settings.
-    bits: (low, high) within 2 to 8.  group_size: those to choose from beside the whole tensor, None standing for the row.
+    bits: (low, high) within 2 to 8.  group_size: those to choose from beside the whole tensor, None standing for the
+    row.
     Raises ValueError for weights that cannot be quantized, bits out of range, or groups that do not divide the columns.
 
     >>> absmax_explorer([[0.9, -0.31, 0.14, -0.02, 0.6]], bits=(3, 3), group_size=[None])
-    AbsmaxExplorer: 3 bits, whole tensor: 6.400 bits per weight; rms error 18.1 % of the rms weight, SQNR 14.8 dB; ...
+    AbsmaxExplorer: 3 bits, whole tensor: 6.400 bits per weight; rms error 12.5 % of the rms weight, SQNR 18.1 dB; ...
     """
     return AbsmaxExplorer(weights, bits, group_size)
 
@@ -97,10 +110,10 @@ class OutlierExplorer(LivePlot):
         low, high = measure.bit_range(bits)[0], measure.bit_range(bits)[-1]
         controls = {
             "outlier": ipywidgets.FloatSlider(min=1, max=40, step=0.5, value=3, description="size of weight 0 (× rms)"),
-            "bits": ipywidgets.IntSlider(min=low, max=high, value=min(4, high)),
+            "bits": ipywidgets.IntSlider(min=low, max=high, value=min(max(4, low), high)),
             "groups_of_16": ipywidgets.Checkbox(value=False),
         }
-        alt = "Left: weights, read-back weights and the grid they share with an outlier. Right: error of the others against its size."
+        alt = "Weights on the grid that they share with an outlier, and the error of the others against its size."
         super().__init__(self._setup, self._update, figsize=(9, 3), alt=alt, name="OutlierExplorer", **controls)
 
     def _setup(self, figure):
@@ -136,14 +149,14 @@ class OutlierExplorer(LivePlot):
         low, high = integer_range(bits, symmetric=True)
         step, last = qt.scales[0, 0].item(), qt.block[1] - 0.5
         heights, ends = measure.lines(np.arange(low, high + 1) * step, -0.5, last)
-        self._grid.set_data(ends, heights)
+        self._grid.set_data(ends, heights)  # lines() is about vertical lines; these are horizontal
         place = np.arange(weights.shape[1])
         self._dots.set_data(place, weights[0].numpy())
         self._crosses.set_data(place, qt.dequantize()[0].numpy())
         self._line.set_data(self.SIZES, self._curve(bits, share))
         self._dot.set_data([outlier], [100 * error])
-        zeros = int((qt.codes()[0, 1:] == 0).sum())
-        return f"step {step:.3g} × rms; the others: rms error {100 * error:.3g} %, {zeros} of {len(place) - 1} are stored as 0"
+        zeros, others = int((qt.codes()[0, 1:] == 0).sum()), len(place) - 1
+        return f"step {step:.3g} × rms; the others: rms error {100 * error:.3g} %, {zeros} of {others} are stored as 0"
 
 
 def outlier_explorer(weights=None, bits=(2, 8)):

@@ -1,11 +1,12 @@
 """The bit explorer: click the bits of a number, in any format from FP32 to FP4, and watch what they mean.
 
-Each bit is a button, coloured by its field: sign, exponent, mantissa. Below stand the formula with its numbers filled in, the value,
-the kind of number, the two neighbours, and the ulp, the step from here to the next number. Typing a number encodes it.
+Each bit is a button, coloured by its field: sign, exponent, mantissa. Below stand the formula with its numbers filled
+in, the value, the kind of number, the two neighbours, and the ulp, the step from here to the next number. Typing a
+number encodes it.
 
-A learner can put their own functions in the place of the format's: `encode(x) -> code` decides which bits a typed number gets,
-`decode(code) -> value` what the bits are worth. The format keeps an eye on both, and a disagreement is written out, with what was
-expected. A function that raises is quoted, and the format stands in for it.
+A learner can put their own functions in the place of the format's: `encode(x) -> code` decides which bits a typed
+number gets, `decode(code) -> value` what the bits are worth. The format keeps an eye on both, and a disagreement is
+written out, with what was expected. A function that raises is quoted, and the format stands in for it.
 
 The format itself, `qlearn.formats.floats.FloatFormat`, does all the arithmetic; here it is only shown.
 """
@@ -15,6 +16,7 @@ import math
 import operator
 
 import ipywidgets
+from matplotlib.patches import Rectangle
 
 from qlearn.course import plots
 from qlearn.course.live import LiveView
@@ -22,14 +24,20 @@ from qlearn.formats.floats import FORMATS
 
 FIELDS = ("sign", "exponent", "mantissa")
 _TYPED = ("0", "-0.0", "0.1", "-1e-3", "1e30", "inf", "nan")  # what a sweep types
-_TINT = {"sign": "#FBE3D2", "exponent": "#D3E6F3", "mantissa": "#D2EFE6"}  # a bit that is 0; one that is 1 has the full colour
+_TINT = {
+    "sign": "#FBE3D2",
+    "exponent": "#D3E6F3",
+    "mantissa": "#D2EFE6",
+}  # a bit that is 0; one that is 1 has the full colour
 
 
 class BitExplorer(LiveView):
     """Click the bits of a floating-point number.
 
-    format: the format to begin with, a FloatFormat or its name.  number: the number to begin with, as it would be typed.
-    encode(x) -> code, decode(code) -> value: the learner's functions (int codes, float values); with either, the format stays fixed.
+    format: the format to begin with, a FloatFormat or its name.  number: the number to begin with, as it would be
+    typed.
+    encode(x) -> code, decode(code) -> value: the learner's functions (int codes, float values); with either, the
+    format stays fixed.
     Raises ValueError for an unknown format or a number that cannot be read.
 
     >>> BitExplorer("fp4_e2m1", "1.4")
@@ -41,7 +49,7 @@ class BitExplorer(LiveView):
         if name not in FORMATS:
             raise ValueError(f"format {name!r} is unknown: choose from {', '.join(FORMATS)}")
         self.encode, self.decode = encode, decode
-        self.code, self._encoded, self._said = 0, None, ""
+        self.code, self._encoded, self._said, self._shown = 0, None, "", None
         names = [name] if encode or decode else list(FORMATS)
         controls = {
             "format": ipywidgets.Dropdown(options=names, value=name, description="format"),
@@ -120,7 +128,7 @@ class BitExplorer(LiveView):
 
     def _show_bits(self):
         format = self.format
-        if len(_buttons(self.bits)) != format.bits or self._shown != format.name:
+        if self._shown != format.name:
             self.bits.children = [_field(name, bits, self.flip) for name, bits in fields_of(format)]
             self._shown = format.name
         for button in _buttons(self.bits):
@@ -164,7 +172,9 @@ def formula(format, code):
     """
     f = format.fields(code)
     if f.kind in ("inf", "nan"):
-        return "the exponent is all ones: " + ("mantissa 0 means infinity" if f.kind == "inf" else "this code means not a number")
+        return "the exponent is all ones: " + (
+            "mantissa 0 means infinity" if f.kind == "inf" else "this code means not a number"
+        )
     leading = 0 if f.kind in ("zero", "subnormal") else 1
     parts = [f"(−1)^{f.sign}"] if format.sign_bits else []
     parts.append(f"2^({f.power + format.bias} − {format.bias})")
@@ -204,8 +214,16 @@ def _draw_field(axes, format, code, name, places):
     for i in places:
         on, x = code >> i & 1, format.bits - 1 - i
         color = plots.COLORS[name] if on else _TINT[name]
-        axes.add_patch(plots.Rectangle((x + 0.04, 2), 0.92, 1.2, facecolor=color))
-        axes.text(x + 0.5, 2.55, str(on), ha="center", va="center", color="white" if on else "black", family="DejaVu Sans Mono")
+        axes.add_patch(Rectangle((x + 0.04, 2), 0.92, 1.2, facecolor=color))
+        axes.text(
+            x + 0.5,
+            2.55,
+            str(on),
+            ha="center",
+            va="center",
+            color="white" if on else "black",
+            family="DejaVu Sans Mono",
+        )
 
 
 def _surroundings(format, code):
@@ -228,7 +246,9 @@ def _reading_as_html(format, code, value):
         ("kind", kind),
         *_surroundings(format, code),
     ]
-    body = "".join(f'<tr><th scope="row" style="text-align: left; padding-right: 1em">{k}</th><td>{v}</td></tr>' for k, v in rows)
+    body = "".join(
+        f'<tr><th scope="row" style="text-align: left; padding-right: 1em">{k}</th><td>{v}</td></tr>' for k, v in rows
+    )
     return f'<table class="qbits-reading" style="line-height: 1.5">{body}</table>'
 
 
@@ -260,12 +280,14 @@ def _ask(name, function, argument, true):
 
 
 def _same(mine, true):
-    """Equal as numbers of a format are: NaN equals NaN, and 0.0 does not equal -0.0. What is no number equals nothing."""
+    """Equal as codes are: NaN equals NaN, and 0.0 does not equal -0.0. What is no number equals nothing."""
     try:
         mine = float(mine)
     except Exception:
         return False
-    return math.isnan(mine) and math.isnan(true) or mine == true and math.copysign(1, mine) == math.copysign(1, true)
+    if math.isnan(true):
+        return math.isnan(mine)
+    return mine == true and math.copysign(1, mine) == math.copysign(1, true)
 
 
 def _number(x):

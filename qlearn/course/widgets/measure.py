@@ -1,11 +1,12 @@
 """What the explorers measure: a matrix through a method of the package and back, and the error that this left.
 
-    rms error     the root of the mean squared difference between a weight and what is read back
-    SQNR          signal to quantization noise ratio, 20 log10(rms weight / rms error), in decibels: 6.02 for each factor of two
-    worst         the largest error as a multiple of half the scale of its block; rounding alone never exceeds 1
-    bits          true bits per weight, everything stored counted
+rms error   the root of the mean squared difference between a weight and what is read back
+SQNR        signal to quantization noise ratio, 20 log10(rms weight / rms error), in decibels: 6.02 for a factor of two
+worst       the largest error as a multiple of half the scale of its block; rounding alone never exceeds 1
+bits        true bits per weight, everything stored counted
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -38,17 +39,36 @@ class Error:
 def as_matrix(weights):
     """Weights of any kind as a float32 matrix on the CPU; a vector becomes one row.
 
-    Raises ValueError when there is none, when one is not finite, when all are zero, or when the shape is not 1-D or 2-D.
+    Raises ValueError when there is none, when one is not finite, when all are zero, or when the shape is not 1-D or
+    2-D.
     """
     weights = torch.as_tensor(weights).detach().cpu().float()
     weights = weights[None] if weights.ndim == 1 else weights
     if weights.ndim != 2 or weights.numel() == 0:
-        raise ValueError(f"weights have shape {tuple(weights.shape)}; explore a vector or a matrix with at least one entry")
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}; explore a vector or a matrix with at least one entry"
+        )
     if not weights.isfinite().all() or not weights.any():
         raise ValueError("weights hold NaN or infinity, or nothing but zeros; explore a matrix of ordinary numbers")
     return weights
 
 
+def one_thread(function):
+    """Run a function with one torch thread: on small matrices and a busy CPU, threads cost far more than they save."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+@one_thread
 def quantize(weights, method, bits, share):
     """The QuantizedTensor of a matrix; share: "tensor", None for a row, or a group size."""
     if share == TENSOR:
@@ -56,6 +76,7 @@ def quantize(weights, method, bits, share):
     return qlearn.quantize(weights, method, bits=bits, group_size=share)
 
 
+@one_thread
 def measure(weights, qt):
     """The Error of a QuantizedTensor as a copy of `weights`."""
     error = qt.dequantize() - weights

@@ -1,14 +1,15 @@
 """The number line of a format: every number it has, and where a given x goes.
 
-`number_line(...)` is a still picture of one or several formats under each other, on a common axis. `number_line_explorer(...)` is
-live: choose a format, zoom in on zero by halving the window, drag x, and see the **rounding cell** of x, the interval of all numbers
-that are stored as the same value:
+`number_line(...)` is a still picture of one or several formats under each other, on a common axis.
+`number_line_explorer(...)` is live: choose a format, zoom in on zero by halving the window, drag x, and see the
+**rounding cell** of x, the interval of all numbers that are stored as the same value:
 
     nearest       from halfway below the value to halfway above it (the outermost cells are drawn half a step wide)
     zero          from the value outwards to the next one; the cell of 0 reaches to both sides
     stochastic    x lies between two values, and goes to either with a probability that makes the mean come out right
 
-Powers of two carry a taller tick, so that in a floating-point format one sees the binades, in each of them the same number of values.
+Powers of two carry a taller tick, so that in a floating-point format one sees the binades, in each of them the same
+number of values.
 """
 
 import math
@@ -32,13 +33,15 @@ def values_of(name):
     """
     format = formats.get(name)
     if format.bits > 8:
-        raise ValueError(f"{name} has 2**{format.bits} codes, too many for a number line; choose a format of at most 8 bits")
+        raise ValueError(
+            f"{name} has 2**{format.bits} codes, too many for a number line; choose a format of at most 8 bits"
+        )
     decoded = np.asarray(format.decode(np.arange(2**format.bits)), dtype=np.float64)
     return np.unique(decoded[np.isfinite(decoded)] + 0.0)
 
 
 def around(values, x):
-    """The neighbours of x among `values` (sorted): the largest that is <= x and the smallest that is >= x, kept to the ends."""
+    """The neighbours of x in sorted values: the largest that is <= x, the smallest that is >= x; ends stay."""
     below = values[max(np.searchsorted(values, x, "right") - 1, 0)]
     above = values[min(np.searchsorted(values, x, "left"), len(values) - 1)]
     return float(min(below, above)), float(above)
@@ -167,7 +170,9 @@ def _draw_ticks(axes, values, bottom):
     """One tick a value, taller at powers of two and zero."""
     tall = (np.frexp(np.abs(values))[0] == 0.5) | (values == 0)  # frexp writes a power of two as 0.5 * 2**n
     height = np.where(tall, 0.7, 0.5)
-    axes.vlines(values, bottom, bottom + height, color=plots.COLORS["original"], linewidth=1.6 if len(values) < 40 else 0.9)
+    axes.vlines(
+        values, bottom, bottom + height, color=plots.COLORS["original"], linewidth=1.6 if len(values) < 40 else 0.9
+    )
     axes.hlines(bottom, *(values[[0, -1]] if len(values) else (0, 0)), color=plots.COLORS["faint"], linewidth=0.8)
 
 
