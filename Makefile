@@ -8,6 +8,9 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 lab: .venv/ready
 	$(BIN)/qlearn lab
 
+# Two workers, one thread each: more threads than cores slow everything down.
+test unit: export OMP_NUM_THREADS = 1
+
 test: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks"

@@ -22,7 +22,7 @@ _HOME = {
     "quantize_model": "qlearn.models",
     "generate": "qlearn.models",
 }
-_MODULES = ("formats", "tensor", "kernels", "methods", "evaluate", "models", "training", "course")
+_MODULES = ("bench", "course", "evaluate", "formats", "methods", "models", "tensor", "training")
 
 __all__ = [*_HOME, *_MODULES]
 

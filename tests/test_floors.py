@@ -1,8 +1,8 @@
 """Imports go down the floors of the house only, wherever in a file they stand.
 
-A module may import from its own folder and from folders on lower floors. Imports inside functions count too, and so do
-modules that are named in a call of `import_module`. The top of the package, `qlearn/__init__.py`, loads everything lazily
-and belongs to no floor.
+A module may import from its own folder and from folders on lower floors. Imports inside functions count too, and so
+do modules that are named in a call of `import_module`. The top of the package, `qlearn/__init__.py`, loads everything
+lazily and belongs to no floor.
 """
 
 import ast
@@ -21,7 +21,8 @@ FLOORS = (
     {"models"},
     {"training", "export"},
     {"course", "bench"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, 1) for name in names}
 EXPORTS = {name: home.partition(".")[2].partition(".")[0] for name, home in qlearn._HOME.items()}

@@ -8,7 +8,6 @@
 # which most language models are kept. The exact sum is 100. What does yours say at the end? Commit to a number before you go on.
 
 # %%
-import inspect
 import time
 
 import ml_dtypes
@@ -252,7 +251,7 @@ for function, x in ((encode_loop, weights), (encode_bits, many), (encode_numba, 
 
 # %%
 assert np.array_equal(FP8_E4M3FN.encode(many), encode_bits(many))
-course.source_of(inspect.unwrap(FP8_E4M3FN._encode))
+course.source_of(FP8_E4M3FN._encode)
 
 # %% [markdown]
 # ## Parity
@@ -513,7 +512,6 @@ assert np.array_equal(E8M0.decode(np.arange(255)), np.exp2(np.arange(255) - 127.
 # format's largest number. What comes out is a `QuantizedTensor`, which lesson 02 opens.
 
 # %%
-from qlearn.formats.integers import pack
 from qlearn.models import QuantLinear
 from qlearn.tensor import QuantizedTensor
 
@@ -522,7 +520,7 @@ def store(weight, fmt, scaled=True):
     rows, columns = weight.shape
     scale = (weight.abs().amax(1, keepdim=True) / fmt.max).half() if scaled else torch.ones(1, 1).half()
     codes = fmt.encode(weight / scale, overflow="saturate")
-    return QuantizedTensor(pack(codes.flatten(), fmt.bits), scale, fmt, (rows, columns), (rows // len(scale), columns))
+    return QuantizedTensor.from_codes(codes, scale, fmt, block=(rows // len(scale), columns))
 
 
 def cast(fmt, scaled=True):
@@ -542,6 +540,8 @@ def cast(fmt, scaled=True):
 # %%
 model, tokenizer = qlearn.load_model()
 reference = qlearn.evaluate.Reference(model, tokenizer, tokens=4096)
+
+# %%
 rows = {}
 for name in ("fp16", "fp8_e4m3fn", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"):
     scaled = name != "fp8_e5m2"  # E5M2 reaches far enough, and its scale would be subnormal in 16 bits

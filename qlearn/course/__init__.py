@@ -1,7 +1,8 @@
 """The course's own tools: everything a lesson or an exercise calls that is not about quantization itself.
 
-A notebook starts with `from qlearn import course` and then says `course.check(...)`, `course.table(...)`, `course.widgets...`. Each
-name is imported when it is first used, so that an exercise does not wait for the widgets, nor the grader for anything.
+A notebook starts with `from qlearn import course` and then says `course.check(...)`, `course.table(...)`,
+`course.widgets...`. Each name is imported when it is first used, so that an exercise does not wait for the widgets,
+nor the grader for anything.
 
 What happens between a source file and a grade, one module a step:
 

@@ -21,7 +21,9 @@ def sources(root, names=()):
     root: folder with lessons/ and solutions/.  names: which, such as "02_absmax" or "02"; all when empty.
     Raises ValueError for a name that no source has.
     """
-    found = [(kind, path) for kind in ("lesson", "solution") for path in sorted((root / f"{kind}s/source").glob("*.py"))]
+    found = [
+        (kind, path) for kind in ("lesson", "solution") for path in sorted((root / f"{kind}s/source").glob("*.py"))
+    ]
     for name in names:
         if not any(path.stem.startswith(name) for _, path in found):
             known = ", ".join(sorted({path.stem for _, path in found})) or "none yet"

@@ -2,9 +2,10 @@
 
 A cell says what it is in its metadata, under "qlearn":
 
-    {"card": task}               markdown; the build puts the task's card (title, difficulty, minutes, points) above it
+    {"card": task}               text; the build puts the task's card (title, difficulty, minutes, points) above it
     {"answer": task}             code that the learner writes
-    {"check": task, "points": n} code that judges it; with "hidden" the exercise leaves it out and only the grader runs it
+    {"check": task, "points": n} code that judges it; with "hidden": true only the grader has it, the exercise not
+    {"show": true}               given code that only shows something (a widget, a picture): the grader leaves it out
     {"cell": name}               every code cell has one: its identity, from which its id was made
 
 Metadata and not ids or positions, because JupyterLab gives new ids to cells that are split and merged, and other tools
@@ -18,8 +19,8 @@ import re
 import sys
 import warnings
 
-# jsonschema, which nbformat imports, would compile the grammar of international web addresses when this package is there:
-# two seconds in every process, for a check that no notebook needs.
+# jsonschema, which nbformat imports, would compile the grammar of international web addresses when this package is
+# there: two seconds in every process, for a check that no notebook needs.
 sys.modules.setdefault("rfc3987_syntax", None)
 
 import nbformat  # noqa: E402
@@ -34,7 +35,8 @@ class NotebookError(ValueError):
 def read_notebook(path):
     """Read a notebook of any version as version 4.
 
-    path: of the file.  Returns a NotebookNode.  Raises FileNotFoundError, and NotebookError when the file is no notebook.
+    path: of the file.  Returns a NotebookNode.  Raises FileNotFoundError, and NotebookError when the file is no
+    notebook.
     """
     try:
         with warnings.catch_warnings():

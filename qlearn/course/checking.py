@@ -1,8 +1,9 @@
 """`course.check`: what a learner runs under an answer.
 
-It prints one line when the answer is right. When it is not, it prints the first case that failed: what went in, what was
-expected, what came out, and where the two differ; then, if the answer does what a known mistake does, which one it is.
-Whatever the answer does, `check` itself never raises: an error in the learner's code is reported with the line it is on.
+It prints one line when the answer is right. When it is not, it prints the first case that failed: what went in, what
+was expected, what came out, and where the two differ; then, if the answer does what a known mistake does, which one
+it is. Whatever the answer does, `check` itself never raises: an error in the learner's code is reported with the line
+it is on.
 
 The text is the same on every machine, because the grader compares the line that a right answer prints.
 """

@@ -1,13 +1,13 @@
 """Whether two values are the same for the purpose of an exercise, and where they differ if not.
 
-An answer and a reference are compared as people would: the same structure, the same shape, the same kind of number (a float is not
-an integer, even when it is whole), and then the numbers themselves. Integers, booleans and strings have to be equal. Floats may be
-off by a small fraction of the expected value, plus one rounding to float32 of the largest value in the array, because a sum in
-another order is no mistake. NaN equals NaN, and infinities have to have the right sign. With tolerance 0 floats have to be equal to
-the last bit, and then −0.0 and 0.0 are two different numbers.
+An answer and a reference are compared as people would: the same structure, the same shape, the same kind of number (a
+float is not an integer, even when it is whole), and then the numbers themselves. Integers, booleans and strings have
+to be equal. Floats may be off by a small fraction of the expected value, plus one rounding to float32 of the largest
+value in the array, because a sum in another order is no mistake. NaN equals NaN, and infinities have to have the
+right sign. With tolerance 0 floats have to be equal to the last bit, and then −0.0 and 0.0 are two different numbers.
 
-Containers are compared item by item: tuples and lists, dicts, dataclasses, and quantized tensors, which are compared by what they
-decode to, their codes and the bits they take.
+Containers are compared item by item: tuples and lists, dicts, dataclasses, and quantized tensors, which are compared
+by what they decode to, their codes and the bits they take.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ KINDS = {"b": "booleans", "i": "integers", "f": "floats"}
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two values part: a sentence, and the part of the value that it is about ("" for the whole, "[1]", "['scale']")."""
+    """Where two values part: a sentence, and the part of the value that it is about ("" for the whole, "[1]",
+    "['scale']")."""
 
     where: str
     sentence: str
@@ -35,8 +36,9 @@ class Difference:
 def difference(expected, got, tolerance=0.0, any_array=False, where=""):
     """The first difference between two values, or None.
 
-    expected, got: numbers, strings, None, arrays, tensors, quantized tensors, or tuples, lists, dicts and dataclasses of these.
-    tolerance: largest relative error of a float.  any_array: accept a tensor for an array, and an array for a tensor.
+    expected, got: numbers, strings, None, arrays, tensors, quantized tensors, or tuples, lists, dicts and dataclasses
+    of these. tolerance: largest relative error of a float.  any_array: accept a tensor for an array, and an array for
+    a tensor.
 
     >>> print(difference(np.array([1, 2, 3]), np.array([1, 2, 4])))
     at [2]: expected 3, got 4 (1 of 3 values differs)
@@ -59,7 +61,7 @@ def difference(expected, got, tolerance=0.0, any_array=False, where=""):
 
 def is_quantized(value):
     """True for a QuantizedTensor, and for whatever else can show its codes and decode them."""
-    return all(hasattr(value, name) for name in ("codes", "dequantize", "bits_per_weight")) and not isinstance(value, type)
+    return all(callable(getattr(type(value), method, None)) for method in ("codes", "dequantize"))
 
 
 def quantized_parts(value):
@@ -132,12 +134,15 @@ def _arrays(expected, got, options, where):
     kinds = kind(left), kind(right)
     whole_for_float = kinds == ("f", "i") and not left.ndim and type(got) is int
     if kinds[0] != kinds[1] and not whole_for_float:
-        return Difference(where, f"expected {KINDS.get(kinds[0], kinds[0])}, got {KINDS.get(kinds[1], kinds[1])} ({describe(got)})")
+        return Difference(
+            where, f"expected {KINDS.get(kinds[0], kinds[0])}, got {KINDS.get(kinds[1], kinds[1])} ({describe(got)})"
+        )
     return _values(left, right, tolerance, where)
 
 
 def _container(expected, got, any_array):
-    """A sentence when one value is a number and the other an array, or they come from different libraries; None when they fit."""
+    """A sentence when one value is a number and the other an array, or they come from different libraries; None when
+    they fit."""
     if is_number(expected):
         return None if is_number(got) else f"expected a number, {show.text(expected)}, got {describe(got)}"
     if not is_array(got):
@@ -148,7 +153,8 @@ def _container(expected, got, any_array):
 
 
 def kind(array):
-    """"b", "i" or "f": signed and unsigned integers are one kind, because their values tell them apart where it matters."""
+    """ "b", "i" or "f": signed and unsigned integers are one kind, because their values tell them apart where it
+    matters."""
     return "i" if array.dtype.kind == "u" else array.dtype.kind
 
 

@@ -1,7 +1,7 @@
 """`qlearn doctor`: is everything here that the course needs, and if not, what to do.
 
-Each check is a function that returns what it found, or raises a Problem with the remedy. All of them together take about
-two seconds: versions are read from the installed packages' metadata, and nothing as large as torch is imported.
+Each check is a function that returns what it found, or raises a Problem with the remedy. All of them together take
+about two seconds: versions are read from the installed packages' metadata, and nothing as large as torch is imported.
 """
 
 import importlib.metadata
@@ -83,7 +83,9 @@ def widgets():
     manager = "share/jupyter/labextensions/@jupyter-widgets/jupyterlab-manager/package.json"
     path = Path(sys.prefix) / manager
     if not path.is_file():
-        raise Problem("JupyterLab's front end for widgets is missing", "pip install --force-reinstall jupyterlab_widgets")
+        raise Problem(
+            "JupyterLab's front end for widgets is missing", "pip install --force-reinstall jupyterlab_widgets"
+        )
     return f"front end {json.loads(path.read_text(encoding='utf-8'))['version']}"
 
 
@@ -124,7 +126,9 @@ def data():
         places.write_atomically(folder / "doctor.txt", "qlearn doctor could write here\n")
         (folder / "doctor.txt").unlink()
     except OSError as error:
-        raise Problem(f"your progress cannot be kept ({error})", "Set QLEARN_DATA to a folder that you can write") from error
+        raise Problem(
+            f"your progress cannot be kept ({error})", "Set QLEARN_DATA to a folder that you can write"
+        ) from error
     return "can be written"
 
 

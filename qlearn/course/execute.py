@@ -30,7 +30,8 @@ _FOLDERS = (
 
 
 def execute(notebook, folder, timeout=600):
-    """Run all cells in order in a fresh kernel with an empty data folder, and store the cleaned outputs in the notebook.
+    """Run all cells in order in a fresh kernel with an empty data folder, and store the cleaned outputs in the
+    notebook.
 
     notebook: a NotebookNode, changed in place.  folder: where its kernel works.  timeout: seconds for one cell.
     Raises NotebookError, with the cell and its error, when a cell fails.
@@ -68,7 +69,8 @@ def clean(notebook):
 
 
 def _join_streams(outputs):
-    """Printed text arrives in pieces that depend on timing: each stream becomes one output, where its first piece was."""
+    """Printed text arrives in pieces that depend on timing: each stream becomes one output, where its first piece
+    was."""
     joined, streams = [], {}
     for output in outputs:
         if output.output_type == "stream" and output.name in streams:

@@ -1,11 +1,11 @@
 """`qlearn grade`: points for an exercise notebook.
 
-1. The learner's answers are put into the pristine solution (`sheet.py`); running their own file would compare it with
-   itself.
-2. That notebook runs under nbval (`runner.py`). A task has its points when all its checks ran and printed what they print
-   for the course's own answer.
-3. When an answer takes the kernel down, its task is settled with no points, the course's own answer takes its place, and
-   the rest is run again. So a crash in one answer costs that task only.
+1. The learner's answers are put into the pristine solution (`sheet.py`); running their own file would compare it
+   with itself.
+2. That notebook runs under nbval (`runner.py`). A task has its points when all its checks ran and printed what they
+   print for the course's own answer.
+3. When an answer takes the kernel down, its task is settled with no points, the course's own answer takes its place,
+   and the rest is run again. So a crash in one answer costs that task only.
 
 This is robust against mistakes and against edited checks. It is no defence against someone who sets out to cheat: the
 answers run in the same process as their checks.
@@ -74,7 +74,8 @@ class Grade:
 
 @dataclass
 class _State:
-    """What has been found out so far: the reason for each settled task ("" when it was solved), and what was taken out."""
+    """What has been found out so far: the reason for each settled task ("" when it was solved), and what was taken
+    out."""
 
     reasons: dict = field(default_factory=dict)
     replaced: set = field(default_factory=set)

@@ -1,6 +1,7 @@
 """Hints: two for each task, one at a time, and after them the way to the solution.
 
-How many were asked for is kept with the learner's progress, so that the second call gives the second hint, tomorrow too.
+How many were asked for is kept with the learner's progress, so that the second call gives the second hint, tomorrow
+too.
 """
 
 from qlearn.course import progress, tasks

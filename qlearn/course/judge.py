@@ -1,18 +1,20 @@
 """Judging an answer: run it on the cases of its task, compare with the reference, and name the mistake.
 
-Every call gets its own deep copy of the case's inputs, so that nothing the answer does can reach the reference, another case, or the
-learner's own variables; afterwards the copy is compared with the original, because an answer that changes its input is wrong even
-when its result is right. What the answer prints is caught: it is shown for a case that failed and dropped for one that passed, so a
-forgotten `print` costs nothing.
+Every call gets its own deep copy of the case's inputs, so that nothing the answer does can reach the reference,
+another case, or the learner's own variables; afterwards the copy is compared with the original, because an answer
+that changes its input is wrong even when its result is right. What the answer prints is caught: it is shown for a
+case that failed and dropped for one that passed, so a forgotten `print` costs nothing.
 
 Where the reference raises an error (a bad argument), the answer has to raise the same kind of error.
 
-To name a mistake, the mutants of the task are run on the same cases. The one whose results equal the answer's in the most of the
-cases that failed is the diagnosis, if that is at least half of them, and it is certain when it agrees with the answer everywhere.
+To name a mistake, the mutants of the task are run on the same cases. The one whose results equal the answer's in the
+most of the cases that failed is the diagnosis, if that is at least half of them, and it is certain when it agrees
+with the answer everywhere.
 """
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import linecache
@@ -52,8 +54,8 @@ class Failure:
 class Verdict:
     """The result of judging one answer.
 
-    passed, total: cases.  failure: the first one that failed.  mutant: the mistake that was recognised, which explains `matched` of
-    the cases that failed; `certain` when it agrees with the answer on every case.
+    passed, total: cases.  failure: the first one that failed.  mutant: the mistake that was recognised, which
+    explains `matched` of the cases that failed; `certain` when it agrees with the answer on every case.
     """
 
     task: Task
@@ -73,10 +75,11 @@ class Verdict:
 def judge(task, answer):
     """Run an answer on all cases of a task.
 
-    answer: a function, or a value where the task asks for one; `...` stands for an answer not given yet.  Returns a Verdict.
+    answer: a function, or a value where the task asks for one; `...` stands for an answer not given yet.  Returns a
+    Verdict.
     """
-    cases = task.all_cases()
-    expected = [run(task, task.reference, case) for case in cases]
+    cases = _cases(task)
+    expected = [_known(task, None, index) for index in range(len(cases))]
     got = [run(task, answer, case) for case in cases]
     wrong = [_disagreement(task, *pair) for pair in zip(expected, got, strict=True)]
     failed = [index for index, found in enumerate(wrong) if found]
@@ -84,11 +87,23 @@ def judge(task, answer):
         return Verdict(task, len(cases), len(cases))
     first = failed[0]
     failure = Failure(cases[first], expected[first], got[first], wrong[first])
-    return Verdict(task, len(cases) - len(failed), len(cases), failure, *_diagnose(task, cases, got, failed))
+    return Verdict(task, len(cases) - len(failed), len(cases), failure, *_diagnose(task, len(cases), got, failed))
+
+
+@functools.lru_cache(maxsize=16)
+def _cases(task):
+    return task.all_cases()
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(task, mutant, index):
+    """What a mutant (None: the reference) does on a case. It never changes, so it is computed once."""
+    return run(task, task.reference if mutant is None else task.mutants[mutant].function, _cases(task)[index])
 
 
 def run(task, function, case):
-    """Call a function on copies of a case's inputs, and record what happens; where the task asks for a value, take it."""
+    """Call a function on copies of a case's inputs, and record what happens; where the task asks for a value, take
+    it."""
     if function is ...:
         return Outcome(error=NotImplementedError())
     if not callable(function) or not callable(task.reference):
@@ -117,7 +132,8 @@ def named_inputs(function, case):
 def where_raised(error, answer):
     """The line of the learner's own code that raised: (line number, source line), or None.
 
-    That is the last frame in the file of the answer, or in a notebook cell, which is a file that does not exist on disk.
+    That is the last frame in the file of the answer, or in a notebook cell, which is a file that does not exist on
+    disk.
     """
     own = getattr(getattr(answer, "__code__", None), "co_filename", None)
     found, trace = None, error.__traceback__
@@ -167,17 +183,18 @@ def _disagreement(task, expected, got):
     return difference(expected.value, got.value, task.tolerance, task.any_array)
 
 
-def _diagnose(task, cases, got, failed):
-    """The mutant that behaves most like the answer: (mutant or None, failed cases it explains, whether it agrees on all).
+def _diagnose(task, total, got, failed):
+    """The mutant that behaves most like the answer: (mutant or None, failed cases it explains, whether it agrees on
+    all).
 
-    A mutant that no longer can explain half of the failed cases is not run on the others.
+    A mutant that can no longer explain half of the failed cases is not run on the others.
     """
     best = None, 0, False
-    passed = [index for index in range(len(cases)) if index not in failed]
-    for mutant in task.mutants:
+    passed = [index for index in range(total) if index not in failed]
+    for number, mutant in enumerate(task.mutants):
 
-        def agrees(index, function=mutant.function):
-            return _disagreement(task, run(task, function, cases[index]), got[index]) is None
+        def agrees(index, number=number):
+            return _disagreement(task, _known(task, number, index), got[index]) is None
 
         matched, tolerated = 0, len(failed) // 2
         for index in failed:

@@ -2,9 +2,9 @@
 
 - **A kernel that dies** (os._exit, a crash, no memory left). nbval would wait for the cell's time limit, and call it a
   timeout. Here the process is looked at several times a second.
-- **A flood of output.** nbval reads what was printed only after the cell has ended, all of it; a loop that prints for 20
-  seconds makes gigabytes. Here it is read while the cell runs, kept up to MOST_KEPT characters, and a cell that prints
-  more than MOST_PRINTED is interrupted as if its time were up.
+- **A flood of output.** nbval reads what was printed only after the cell has ended, all of it; a loop that prints for
+  20 seconds makes gigabytes. Here it is read while the cell runs, kept up to MOST_KEPT characters, and a cell that
+  prints more than MOST_PRINTED is interrupted as if its time were up.
 
 `install` puts this kernel in the place of nbval's own, the class that talks to the kernel's process.
 """

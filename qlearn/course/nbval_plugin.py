@@ -9,8 +9,8 @@ It also changes how nbval judges:
 - Error output, HTML and SVG are never compared: they hold warnings and random ids.
 
 The rows go as JSON to the file that QLEARN_ROWS names, one for each cell: {"cell", "role", "task", "status", "lost",
-"message", "error", "output", "expected", "seconds"}, where status is passed, failed, timeout, flood, died or skipped, `lost` says
-that the kernel was gone afterwards, and output and expected are the printed text.
+"message", "error", "output", "expected", "seconds"}, where status is passed, failed, timeout, flood, died or skipped,
+`lost` says that the kernel was gone afterwards, and output and expected are the printed text.
 """
 
 import json
@@ -20,7 +20,9 @@ import pytest
 
 from qlearn.course import cells, nbval_kernel
 
-WARM_UP = 120  # seconds for what is given before the first answer: importing torch on a busy machine is not the learner's
+WARM_UP = (
+    120  # seconds for what is given before the first answer: importing torch on a busy machine is not the learner's
+)
 _UNCOMPARED = ("stderr", "text/html", "image/svg+xml", "application/javascript")
 _rows, _failed_tasks = [], set()
 

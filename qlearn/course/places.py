@@ -1,8 +1,9 @@
 """Where things lie on this computer: the notebooks of the course, and the learner's own data.
 
-The notebooks come with the package: in a wheel as `qlearn/course/notebooks/`, in a clone of the repository as `lessons/`,
-`exercises/` and `solutions/` beside the package. The learner's data (progress, predictions, the board) lie in the folder that the
-operating system keeps for such things; the environment variable QLEARN_DATA names another one.
+The notebooks come with the package: in a wheel as `qlearn/course/notebooks/`, in a clone of the repository as
+`lessons/`, `exercises/` and `solutions/` beside the package. The learner's data (progress, predictions, the board)
+lie in the folder that the operating system keeps for such things; the environment variable QLEARN_DATA names another
+one.
 """
 
 import os
@@ -27,7 +28,8 @@ def course_root():
 
 
 def is_repository():
-    """True in a clone of the repository, where the learner works on the course's own files; False in an installed copy."""
+    """True in a clone of the repository, where the learner works on the course's own files; False in an installed
+    copy."""
     return not SHIPPED.is_dir()
 
 

@@ -45,10 +45,9 @@ class Prediction(ipywidgets.VBox):
 
     def commit(self):
         """Keep the number in the field as the guess, unless one was kept before."""
-        guesses = store.read(_FILE)
-        guesses.setdefault(self.key, self.number.value)
-        store.write(_FILE, guesses)
-        self._show(guesses[self.key])
+        if guess_of(self.key) is None:
+            store.write(_FILE, store.read(_FILE) | {self.key: self.number.value})
+        self._show(guess_of(self.key))
 
     def _show(self, guess):
         text = "move the slider, then commit; the answer comes further down"
@@ -57,7 +56,7 @@ class Prediction(ipywidgets.VBox):
             text = f"your guess is {guess:.4g}; it will be shown beside the answer"
         for control in (self.slider, self.number, self.button):
             control.disabled = guess is not None
-        self.note.value = f'<div class="qlive-note" role="status">{text}</div>'
+        self.note.value = f'<div class="qpredict-note" role="status">{text}</div>'
 
     def __repr__(self):
         return f"Prediction {self.key}: {self.question} ({self.low:g} to {self.high:g})"

@@ -8,8 +8,9 @@ Answers are found by the metadata of their cells. A cell that was split has its 
 that was merged with another, or pasted without its metadata, is found by what it defines. The learner's own cells are
 carried over to where they stand, since an answer may use them; what they print or raise does not count.
 
-Behind the last check of a task stands a **repair** cell, which gives the names of that task the course's own meaning. It
-runs only if the check failed (the runner sees to that), so that one wrong answer does not cost the tasks built on it.
+Behind the last check of a task stands a **repair** cell, which gives the names of that task the course's own meaning.
+It runs only if the check failed (the runner sees to that), so that one wrong answer does not cost the tasks built on
+it.
 """
 
 import ast
@@ -25,8 +26,8 @@ from qlearn.course.cells import about, code_cells
 class Submission:
     """What is taken from a learner's notebook.
 
-    answers: source by task.  extras: the learner's own cells, as lists of sources, by the cell or task they stand behind.
-    notes: what the learner should know, such as that an edited check was ignored.
+    answers: source by task.  extras: the learner's own cells, as lists of sources, by the cell or task they stand
+    behind. notes: what the learner should know, such as that an edited check was ignored.
     """
 
     answers: dict = field(default_factory=dict)
@@ -59,30 +60,34 @@ def take(learner, solution):
 def assemble(submission, solution, settled=(), replaced=(), dropped=()):
     """The notebook to run.
 
-    settled: tasks that need no check any more.  replaced: tasks for which the course's own answer is used.  dropped: ids
-    of the learner's own cells to leave out.  Returns a NotebookNode of code cells only, each with its role and task under
-    "qlearn": given, answer, check, repair or extra.
+    settled: tasks that need no check any more.  replaced: tasks for which the course's own answer is used.  dropped:
+    ids of the learner's own cells to leave out.  Returns a NotebookNode of code cells only, each with its role and
+    task under "qlearn": given, answer, check, repair or extra.
     """
     own = {about(cell)["answer"]: cell.source for cell in code_cells(solution) if "answer" in about(cell)}
     last_check = {about(cell)["check"]: about(cell)["cell"] for cell in code_cells(solution) if "check" in about(cell)}
-    made = []
-    for index, source in enumerate(submission.extras.get(None, [])):
-        made.append(_cell(source, f"extra-top-{index}", "extra"))
+    made = _extras(submission, None, "top")
     for cell in code_cells(solution):
-        task, name = about(cell).get("answer") or about(cell).get("check"), about(cell)["cell"]
-        if "answer" in about(cell):
+        known, name = about(cell), about(cell)["cell"]
+        if "answer" in known:
+            task = known["answer"]
             made.append(_cell(own[task] if task in replaced else submission.answers[task], name, "answer", task))
-        elif "check" not in about(cell):
-            made.append(_cell(cell.source, name, "given"))
-        elif task not in settled:
+        elif "check" not in known:
+            made += [] if known.get("show") else [_cell(cell.source, name, "given")]
+        elif known["check"] not in settled:
+            task = known["check"]
             made.append(_check(cell, name, task))
             if name == last_check[task] and task in own:
-                made.append(_cell(own[task], f"repair-{name}"[:64], "repair", task))
-        anchor = task if "answer" in about(cell) else name
-        for index, source in enumerate(submission.extras.get(anchor, [])):
-            made.append(_cell(source, f"extra-{index}-{name}"[:64], "extra"))
+                made.append(_cell(own[task], f"repair-{name}", "repair", task))
+        made += _extras(submission, known.get("answer", name), name)
     made = [cell for cell in made if cell.id not in dropped]
     return nbformat.v4.new_notebook(cells=made, metadata=solution.metadata)
+
+
+def _extras(submission, anchor, name):
+    """The learner's own cells that stand behind one of the course's."""
+    own = enumerate(submission.extras.get(anchor, []))
+    return [_cell(source, f"extra-{index}-{name}", "extra") for index, source in own]
 
 
 def _cell(source, name, role, task=None):
@@ -129,7 +134,9 @@ def defined(source):
         statements = ast.parse(source).body
     except (SyntaxError, ValueError):
         return set()
-    names = {item.name for item in statements if isinstance(item, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
+    names = {
+        item.name for item in statements if isinstance(item, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+    }
     assigned = [item for item in statements if isinstance(item, (ast.Assign, ast.AnnAssign))]
     names |= {
         node.id

@@ -1,7 +1,7 @@
 """Values in one line of text: what a failed check prints as input, expected and got.
 
-Arrays are abbreviated to the numbers that fit, with their shape and dtype behind them; floats are rounded to six digits, so that the
-line is the same on every machine. Nothing here decides anything; `diff.py` does.
+Arrays are abbreviated to the numbers that fit, with their shape and dtype behind them; floats are rounded to six
+digits, so that the line is the same on every machine. Nothing here decides anything; `diff.py` does.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ def is_torch(value):
 
 
 def as_numpy(value):
-    """A number, array or tensor as an array. What NumPy lacks (bfloat16, 8-bit floats, int4) is widened, its values unchanged."""
+    """A number, array or tensor as an array. What NumPy lacks (bfloat16, 8-bit floats, int4) is widened, its values
+    unchanged."""
     if is_torch(value):
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
@@ -59,7 +60,7 @@ def as_numpy(value):
 
 
 def dtype_name(array):
-    """"float32", "int8", "bfloat16" ... of an array or a tensor."""
+    """ "float32", "int8", "bfloat16" ... of an array or a tensor."""
     return str(array.dtype).removeprefix("torch.")
 
 

@@ -35,9 +35,9 @@ METADATA = {
 def read(path, kind):
     """The notebook that a percent script describes, not executed.
 
-    path: of the script.  kind: "lesson" or "solution".  Returns a NotebookNode.
-    Raises ValueError when a cell names an unknown task, or an answer lacks its solution or its check; ImportError, which
-    says what to install, without jupytext.
+    path: of the script.  kind: "lesson" or "solution".  Returns a NotebookNode. Raises ValueError when a cell names
+    an unknown task, or an answer lacks its solution or its check; ImportError, which says what to install, without
+    jupytext.
     """
     notebook = _jupytext().read(path, fmt="py:percent")
     notebook.nbformat, notebook.nbformat_minor = 4, 5
@@ -78,7 +78,7 @@ def _identify(cell, seen):
     """Give a cell its id: what it is and for which task, or a hash of its text; a number tells equal ones apart."""
     role = next((role for role in ("card", "answer", "check") if role in about(cell)), cell.cell_type)
     name = about(cell).get(role) or hashlib.sha256(cell.source.encode()).hexdigest()[:8]
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{role}-{name}")[:56]
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{role}-{name}")[:48]
     seen[slug] = seen.get(slug, 0) + 1
     cell["id"] = slug if seen[slug] == 1 else f"{slug}-{seen[slug]}"
     if cell.cell_type == "code":

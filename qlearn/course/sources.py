@@ -16,6 +16,7 @@ class source_of:  # noqa: N801: it reads as a verb in a lesson
     """
 
     def __init__(self, function):
+        function = inspect.unwrap(function)
         package = Path(__file__).parents[2]
         self.file = Path(inspect.getsourcefile(function)).relative_to(package).as_posix()
         self.source = _without_docstring(textwrap.dedent(inspect.getsource(function)), inspect.getdoc(function))

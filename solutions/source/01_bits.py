@@ -109,7 +109,7 @@ course.check("bits.encode", encode)
 
 # %% [markdown]
 # Type numbers into your own encoder. Below it, its errors on ten thousand numbers. An encoder that rounds to the nearest has none
-# beyond half an ulp, and is as often too large as too small.
+# beyond half an ulp, and is about as often too large as too small.
 
 # %%
 course.widgets.BitExplorer(FP6_E2M3, "1.3", encode=lambda x: encode(np.float64(x), FP6_E2M3))

@@ -6,8 +6,9 @@
 # %% [markdown]
 # # 02 · Absmax: the exercise
 #
-# Five functions, about half an hour: codes and a scale, a scale for each group, decibels, true bits, and packed bytes. The lesson is
-# [02 · Absmax](../lessons/02_absmax.ipynb). At the end they store a layer of the bundled model, and the file is as long as you said.
+# Five functions, about half an hour: codes and a scale, a scale for each group, decibels, true bits, and packed bytes.
+# The lesson is [02 · Absmax](../lessons/02_absmax.ipynb). At the end they store a layer of the bundled model, and the
+# file is as long as you said.
 #
 # Each `check` runs your function on cases that were chosen to find mistakes. `course.hint("absmax.quantize")` helps.
 
@@ -25,8 +26,9 @@ from qlearn.formats.integers import from_unsigned, unpack
 w = torch.tensor([0.9, -0.31, 0.14, -0.02, 0.6])  # the five weights of the lesson
 
 # %% [markdown] qlearn={"card": "absmax.quantize"}
-# One ruler for a whole tensor. The largest magnitude gets the largest code of a grid that is symmetric about zero; every weight gets the
-# nearest code, a tie the even one. There is one weight tensor for which the scale would be 0, and it must come back unharmed.
+# One ruler for a whole tensor. The largest magnitude gets the largest code of a grid that is symmetric about zero;
+# every weight gets the nearest code, a tie the even one. There is one weight tensor for which the scale would be 0, and
+# it must come back unharmed.
 
 
 # %% qlearn={"answer": "absmax.quantize"}
@@ -34,8 +36,7 @@ def quantize(weights, bits):
     """Absmax with one scale.
 
     weights: float32 tensor of any shape.  bits: 2 to 8.
-    Returns (codes, scale): int8, shaped as the weights, each -(2**(bits - 1) - 1) to 2**(bits - 1) - 1; and a single float32 number.
-    A tensor of zeros gets scale 1.
+    Returns (codes, scale): int8, shaped as the weights, and a single float32 number. A tensor of zeros gets scale 1.
 
     quantize(w, bits=3)  is  ([3, -1, 0, 0, 2], 0.3)
     """
@@ -50,11 +51,12 @@ def quantize(weights, bits):
 course.check("absmax.quantize", quantize)
 
 # %% [markdown]
-# The five weights on your grid, at 3 bits and at 4. A line that leads to a ruling which is not the nearest one, or past the last one, shows
-# a mistake.
+# The five weights on your grid, at 3 bits and at 4. A line that leads to a ruling which is not the nearest one, or past
+# the last one, shows a mistake.
 
 # %%
-picture, axes = course.plots.figure(8, 3.2, alt="Five weights and the rulings they go to, at 3 bits and at 4.", rows=2, sharex=True)
+alt = "Five weights and the rulings they go to, at 3 bits and at 4."
+picture, axes = course.plots.figure(8, 3.2, alt=alt, rows=2, sharex=True)
 for ax, bits in zip(axes, (3, 4)):
     codes, scale = quantize(w, bits)
     qmax = 2 ** (bits - 1) - 1
@@ -66,8 +68,8 @@ axes[1].set_xlabel("value")
 picture
 
 # %% [markdown] qlearn={"card": "absmax.grouped"}
-# The same, but each `group_size` consecutive weights of a row have a scale of their own. No loop is needed: give the matrix a third axis,
-# and work along that.
+# The same, but each `group_size` consecutive weights of a row have a scale of their own. No loop is needed: give the
+# matrix a third axis, and work along that.
 
 
 # %% qlearn={"answer": "absmax.grouped"}
@@ -75,7 +77,8 @@ def grouped(weight, bits, group_size):
     """Absmax with a scale for each group.
 
     weight: float32 (rows, columns).  bits: 2 to 8.  group_size: a divisor of the columns.
-    Returns (codes, scales): int8 (rows, columns), and float32 (rows, columns / group_size). A group of zeros gets scale 1.
+    Returns (codes, scales): int8 (rows, columns), and float32 (rows, columns / group_size).
+    A group of zeros gets scale 1.
 
     grouped(torch.tensor([[3.0, 1.0, -0.3, 0.2]]), bits=3, group_size=2)  is  ([[3, 1, -3, 2]], [[1.0, 0.1]])
     """
@@ -92,8 +95,8 @@ def grouped(weight, bits, group_size):
 course.check("absmax.grouped", grouped)
 
 # %% [markdown]
-# 64 weights in groups of 16, and an outlier in the second group. The steps show half a scale, the limit of your errors. Only one group should
-# have to put up with a coarse ruler, and no dot may lie above its step.
+# 64 weights in groups of 16, and an outlier in the second group. The steps show half a scale, the limit of your errors.
+# Only one group should have to put up with a coarse ruler, and no dot may lie above its step.
 
 # %%
 row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
@@ -101,7 +104,8 @@ row[0, 20] = 12.0
 codes, scales = grouped(row, bits=4, group_size=16)
 error = (codes * scales.repeat_interleave(16, dim=1) - row).abs()
 
-picture, ax = course.plots.figure(8, 2.6, alt="Errors of 64 weights below the half step of their group; the group with the outlier is coarse.")
+alt = "Errors of 64 weights below the half step of their group; the group with the outlier is coarse."
+picture, ax = course.plots.figure(8, 2.6, alt=alt)
 ax.stairs(scales[0] / 2, torch.arange(0, 65, 16) - 0.5, color=course.plots.COLORS["marker"], label="half a scale")
 ax.plot(error[0], "o", color=course.plots.COLORS["error"], label="error")
 ax.set(xlabel="place in the row (the outlier is at 20)", ylabel="error")
@@ -109,8 +113,8 @@ ax.legend()
 picture
 
 # %% [markdown] qlearn={"card": "absmax.sqnr"}
-# The power of the weights over the power of what was lost, in decibels. Power is a sum of squares. Do not guard against a noise of zero: where
-# nothing was lost the answer is infinite, and torch divides that way.
+# The power of the weights over the power of what was lost, in decibels. Power is a sum of squares. Do not guard against
+# a noise of zero: where nothing was lost the answer is infinite, and torch divides that way.
 
 
 # %% qlearn={"answer": "absmax.sqnr"}
@@ -131,8 +135,8 @@ def sqnr(original, reconstructed):
 course.check("absmax.sqnr", sqnr)
 
 # %% [markdown]
-# 4,096 normally distributed numbers on your grid, measured with your decibels. The dashed line gains 6.02 dB with each bit; the dots should come
-# close to its slope on the right, and be steeper on the left.
+# 4,096 normally distributed numbers on your grid, measured with your decibels. The dashed line gains 6.02 dB with each
+# bit; the dots should come close to its slope on the right, and be steeper on the left.
 
 # %%
 normal = torch.randn(4096, generator=torch.Generator().manual_seed(0))
@@ -140,22 +144,24 @@ bits = range(2, 9)
 found = [float(sqnr(normal, codes * scale)) for codes, scale in (quantize(normal, b) for b in bits)]
 
 picture, ax = course.plots.figure(6, 3, alt="Decibels against bits, close to a line of slope 6.02.")
-ax.plot(bits, [found[-1] - 6.02 * (8 - b) for b in bits], "--", color=course.plots.COLORS["faint"], label="6.02 dB a bit")
+rule = [found[-1] - 6.02 * (8 - b) for b in bits]
+ax.plot(bits, rule, "--", color=course.plots.COLORS["faint"], label="6.02 dB a bit")
 ax.plot(bits, found, "o", color=course.plots.COLORS["quantized"], label="yours")
 ax.set(xlabel="bits", ylabel="SQNR (dB)")
 ax.legend()
 picture
 
 # %% [markdown] qlearn={"card": "absmax.bits_per_weight"}
-# What a matrix takes when it is stored: all codes as one stream of bits, filled up to a whole byte at its very end, and a scale of 16 bits
-# for each group. Everything counts.
+# What a matrix takes when it is stored: all codes as one stream of bits, filled up to a whole byte at its very end, and
+# a scale of 16 bits for each group. Everything counts.
 
 
 # %% qlearn={"answer": "absmax.bits_per_weight"}
 def bits_per_weight(rows, columns, bits, group_size=None):
     """True bits for each weight, a float.
 
-    rows, columns: of the matrix.  bits: of a code.  group_size: weights of a row that share a scale; None gives each row one.
+    rows, columns: of the matrix.  bits: of a code.
+    group_size: weights of a row that share a scale, a divisor of the columns; None gives each row one.
 
     bits_per_weight(256, 256, 4, 64)  is  4.25, and  bits_per_weight(1, 5, 3)  is  6.4
     """
@@ -178,8 +184,9 @@ for size in (768, 256, 128, 64, 32, 16, 8):
     print(f"groups of {size:3}: {bits_per_weight(256, 768, 4, size):.3f} bits per weight")
 
 # %% [markdown] qlearn={"card": "absmax.pack4"}
-# Two codes to a byte: the first in the lower four bits, the second in the upper. A negative code is stored as its two's complement, of which
-# only the lower four bits are kept: −1 is 1111, −7 is 1001. When one code is left over, the upper half of its byte is 0.
+# Two codes to a byte: the first in the lower four bits, the second in the upper. A negative code is stored as its two's
+# complement, of which only the lower four bits are kept: −1 is 1111, −7 is 1001. When one code is left over, the upper
+# half of its byte is 0.
 
 
 # %% qlearn={"answer": "absmax.pack4"}
@@ -211,7 +218,8 @@ for index, byte in enumerate(pack4(codes).tolist()):
 # %% [markdown]
 # ## All five together
 #
-# A layer of the bundled model at 4 bits, with your codes, your scales, your decibels and your bits. How small should groups be?
+# A layer of the bundled model at 4 bits, with your codes, your scales, your decibels and your bits. How small should
+# groups be?
 
 # %%
 with safe_open(qlearn.models.loading.BUNDLED / "model.safetensors", "pt") as file:
@@ -244,5 +252,5 @@ assert torch.equal(codes, qlearn.quantize(weight, "absmax", bits=4, group_size=6
 print("the package reads your codes, and they are its own")
 
 # %% [markdown]
-# That is a quantizer, from floats to bytes on a disk. In lesson [03 · Zero-point](../lessons/03_zero_point.ipynb) the grid moves to where the
-# weights are.
+# That is a quantizer, from floats to bytes on a disk. In lesson [03 · Zero-point](../lessons/03_zero_point.ipynb) the
+# grid moves to where the weights are.

@@ -19,7 +19,17 @@ def write(folder, text, kind="solution", name="01_x"):
 
 def test_a_solution_keeps_its_answers_and_hidden_checks(solution):
     roles = [set(cells.about(cell)) - {"cell", "points"} for cell in cells.code_cells(solution)]
-    assert roles == [set(), {"answer"}, {"check"}, {"check", "hidden"}, {"answer"}, {"check"}, set(), {"answer"}, {"check"}]
+    assert roles == [
+        set(),
+        {"answer"},
+        {"check"},
+        {"check", "hidden"},
+        {"answer"},
+        {"check"},
+        set(),
+        {"answer"},
+        {"check"},
+    ]
     assert cells.points(solution) == {"grid.scale": 3, "grid.codes": 2, "grid.levels": 1}
     assert "### BEGIN SOLUTION" in answers(solution)[0].source
     for cell in cells.code_cells(solution):
@@ -89,7 +99,10 @@ def test_what_counts_as_drift(course, change, reason):
     change(notebook)
     path.write_text(cells.write_text(notebook))
     assert len(build.stale(course)) == 1
-    assert reason.replace("14", str(len(notebook.cells))).replace("15", str(len(notebook.cells) + 1)) in build.stale(course)[0]
+    assert (
+        reason.replace("14", str(len(notebook.cells))).replace("15", str(len(notebook.cells) + 1))
+        in build.stale(course)[0]
+    )
 
 
 def test_names_choose_what_is_built(course):
@@ -160,7 +173,14 @@ def test_text_is_cleaned(raw, kept):
 
 def test_a_broken_file_is_one_sentence(tmp_path):
     path = tmp_path / "x.ipynb"
-    for text in ("", "{", "[]", "null", '{"cells": 3}', '{"nbformat": 4, "nbformat_minor": 5, "cells": [{}], "metadata": {}}'):
+    for text in (
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"cells": 3}',
+        '{"nbformat": 4, "nbformat_minor": 5, "cells": [{}], "metadata": {}}',
+    ):
         path.write_text(text)
         with pytest.raises(cells.NotebookError, match=r"x.ipynb is not a notebook that can be read \(.*qlearn reset"):
             cells.read_notebook(path)

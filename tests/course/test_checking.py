@@ -17,7 +17,9 @@ def check(capsys, name, answer):
 
 
 def test_right(capsys):
-    assert check(capsys, "grid.codes", tasks.get("grid.codes").reference) == "grid.codes: 4 of 4 cases passed, 2 points\n"
+    assert (
+        check(capsys, "grid.codes", tasks.get("grid.codes").reference) == "grid.codes: 4 of 4 cases passed, 2 points\n"
+    )
     assert check(capsys, "grid.levels", 15) == "grid.levels: 1 of 1 case passed, 1 point\n"
 
 
@@ -67,7 +69,7 @@ def test_unsolved(capsys, data_folder):
 
 
 def test_an_unknown_task():
-    with pytest.raises(ValueError, match="there are grid.scale, grid.codes"):
+    with pytest.raises(ValueError, match=r"there are grid\.scale, grid\.codes"):
         course.check("grid.code", abs)
 
 

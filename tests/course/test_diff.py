@@ -87,7 +87,12 @@ DIFFERENT = [
     (np.array([1, 2]), np.array([1.0, 2.0]), 0, "expected integers, got floats (a NumPy array of float64, shape (2,))"),
     (np.array([1, 2]), np.array([[1, 2]]), 0, "expected shape (2,), got shape (1, 2)"),
     (np.array([1, 2]), [1, 2], 0, "expected a NumPy array of int64, shape (2,), got a list of 2"),
-    (np.array([1.0]), torch.ones(1), 0, "expected a NumPy array of float64, shape (1,), got a torch tensor of float32, shape (1,)"),
+    (
+        np.array([1.0]),
+        torch.ones(1),
+        0,
+        "expected a NumPy array of float64, shape (1,), got a torch tensor of float32, shape (1,)",
+    ),
     (np.array([0.0, 1.0]), np.array([-0.0, 1.0]), 0, "at [0]: expected 0.0, got -0.0 (1 of 2 values differs)"),
     (np.array([1e3, 0.0]), np.array([1e3, 1e-3]), 1e-6, "at [1]: expected 0.0, got 0.001 (1 of 2 values differs)"),
     ((1, 2), 1, 0, "expected a tuple of 2, got 1"),

@@ -34,7 +34,10 @@ def test_json_and_exit_status(capsys, monkeypatch):
         {"name": "C", "ok": False, "found": "KeyError: 'x'", "remedy": "Install qlearn again"},
     ]
     assert cli.main(["doctor"]) == 1
-    assert capsys.readouterr().out == "OK    A: fine\nFAIL  B: it is broken. Mend it\nFAIL  C: KeyError: 'x'. Install qlearn again\n"
+    assert (
+        capsys.readouterr().out
+        == "OK    A: fine\nFAIL  B: it is broken. Mend it\nFAIL  C: KeyError: 'x'. Install qlearn again\n"
+    )
 
 
 def problem(check, *arguments):
@@ -56,7 +59,11 @@ def test_python_and_packages(monkeypatch):
 def test_kernel(tmp_path, monkeypatch):
     spec = tmp_path / "kernels/python3/kernel.json"
     spec.parent.mkdir(parents=True)
-    spec.write_text(json.dumps({"argv": ["/opt/other/bin/python", "-f", "{connection_file}"], "display_name": "x", "language": "python"}))
+    spec.write_text(
+        json.dumps(
+            {"argv": ["/opt/other/bin/python", "-f", "{connection_file}"], "display_name": "x", "language": "python"}
+        )
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     found, remedy = problem(doctor.kernel)
     assert found.startswith("python3 starts /opt/other/bin/python") and "ipykernel install" in remedy
@@ -104,4 +111,7 @@ def test_a_gpu_that_does_not_answer(monkeypatch):
 
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "get_current_device", fails)
-    assert problem(doctor.gpu) == ("a GPU is here but does not answer (driver mismatch)", "Check the driver with nvidia-smi")
+    assert problem(doctor.gpu) == (
+        "a GPU is here but does not answer (driver mismatch)",
+        "Check the driver with nvidia-smi",
+    )

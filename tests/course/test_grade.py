@@ -1,4 +1,5 @@
-"""Whole submissions, graded for real: the honest, the careless and the hostile. Each `graded` is one or more nbval runs."""
+"""Whole submissions, graded for real: the honest, the careless and the hostile. Each `graded` is one or more nbval
+runs."""
 
 import json
 
@@ -11,7 +12,32 @@ from .conftest import answers
 
 pytestmark = pytest.mark.notebooks
 
-STUCK = "def scale(x, bits):\n    while True:\n        pass"
+STUCK = """\
+def scale(x, bits):
+    while True:
+        pass
+"""
+DEAF = """\
+def codes(x, bits):
+    while True:
+        try:
+            while True:
+                pass
+        except BaseException:
+            pass
+"""
+LYING = """\
+def codes(x, bits):
+    print("grid.codes: 4 of 4 cases passed, 2 points")
+    return np.floor(x / scale(x, bits)).astype(int)
+"""
+TRAP = """\
+import os
+def codes(x, bits):
+    if bits == 2:
+        os._exit(0)
+    return np.round(x / scale(x, bits)).astype(np.int8)
+"""
 GONE = "the code ended the kernel: os._exit, a crash, or not enough memory"
 
 
@@ -54,7 +80,12 @@ def test_solved_in_an_abused_notebook(course, solved, submit):
     assert len(found.notes) == 3 and all("was edited; the original is used" in note for note in found.notes)
     assert found.seconds < 10
     assert all(progress.read()[task]["solved"] for task in ("grid.scale", "grid.codes", "grid.levels"))
-    assert json.loads(json.dumps(found.as_dict()))["tasks"][0] == {"task": "grid.scale", "points": 3, "maximum": 3, "reason": ""}
+    assert json.loads(json.dumps(found.as_dict()))["tasks"][0] == {
+        "task": "grid.scale",
+        "points": 3,
+        "maximum": 3,
+        "reason": "",
+    }
     assert str(found).splitlines()[0] == "01_grid: 6 of 6 points"
 
 
@@ -70,7 +101,7 @@ def test_a_syntax_error_and_a_printed_verdict(submit):
 def test_errors_wrong_values_and_sys_exit(submit):
     points, _ = submit(
         scale="import sys\ndef scale(x, bits):\n    sys.exit(0)",
-        codes="def codes(x, bits):\n    print('grid.codes: 4 of 4 cases passed, 2 points')\n    return np.floor(x / scale(x, bits)).astype(int)",
+        codes=LYING,
         levels="levels = 1 / 0",
     )
     assert points["scale"][0] == 0 and "SystemExit: 0" in points["scale"][1] and "line 3" in points["scale"][1]
@@ -93,8 +124,7 @@ def test_a_flood_of_output_is_stopped_at_once(submit):
 
 def test_a_loop_that_cannot_be_interrupted_and_a_task_that_kills_the_kernel(submit):
     """Both take the kernel down, one after the other; what was right before, between and after keeps its points."""
-    deaf = "def codes(x, bits):\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass"
-    points, _ = submit(limit=3.0, codes=deaf, levels="import os\nos._exit(1)")
+    points, _ = submit(limit=3.0, codes=DEAF, levels="import os\nos._exit(1)")
     assert points == {"scale": (3, ""), "codes": (0, "stopped after 3 s: an endless loop?"), "levels": (0, GONE)}
 
 
@@ -104,15 +134,14 @@ def test_a_function_that_kills_the_kernel(submit):
 
 
 def test_an_own_cell_that_kills_the_kernel_is_left_out(submit):
-    points, found = submit(own="import os\nos._exit(0)")
+    _, found = submit(own="import os\nos._exit(0)")
     assert found.points == 6
     assert found.notes == [f"a cell of your own was left out: {GONE}"]
 
 
 def test_a_correct_answer_that_kills_a_given_cell(submit):
-    """It passes its check and takes down the cell below: its points stay, the rest runs with the course's own answer."""
-    trap = "import os\ndef codes(x, bits):\n    if bits == 2: os._exit(0)\n    return np.round(x / scale(x, bits)).astype(np.int8)"
-    points, _ = submit(codes=trap)
+    """It passes its check and takes down the cell below: its points stay, and the rest is graded."""
+    points, _ = submit(codes=TRAP)
     assert points == {"scale": (3, ""), "codes": (2, ""), "levels": (1, "")}
 
 

@@ -95,7 +95,9 @@ def test_errors_that_are_asked_for(scale):
     assert verdict.failure.difference.sentence == "expected ValueError to be raised (1 bits are too few), got 1.0"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), SystemExit(3), RecursionError("deep")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("x"), SystemExit(3), RecursionError("deep")], ids=lambda e: type(e).__name__
+)
 def test_errors_that_are_not(codes, error):
     def answer(x, bits):
         raise error
@@ -177,7 +179,9 @@ def test_the_registry(scale):
     assert tasks.TASKS["grid.scale"] is scale
     assert [task.name for task in tasks.TASKS.of("grid")] == ["grid.scale", "grid.codes", "grid.levels"]
     assert "grid.nothing" not in tasks.TASKS and "nothing.scale" not in tasks.TASKS
-    with pytest.raises(ValueError, match=r"no task called 'grid.scales': there are grid.scale, grid.codes, grid.levels"):
+    with pytest.raises(
+        ValueError, match=r"no task called 'grid.scales': there are grid.scale, grid.codes, grid.levels"
+    ):
         tasks.get("grid.scales")
-    with pytest.raises(ValueError, match="no task called 3: its name begins with one of .*grid"):
+    with pytest.raises(ValueError, match=r"no task called 3: its name begins with one of .*grid"):
         tasks.get(3)

@@ -78,7 +78,7 @@ def test_nothing_is_left_behind_in_matplotlib():
 
 
 def test_text_is_readable_at_half_size():
-    picture, axes = plots.figure(8, 3, alt="Empty axes.")
+    _, axes = plots.figure(8, 3, alt="Empty axes.")
     axes.set(title="title", xlabel="bits", ylabel="error")
     texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
     assert all(text.get_fontsize() * plots.DPI / 72 / 2 >= 7.5 for text in texts)  # pixels

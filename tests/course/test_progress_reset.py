@@ -27,7 +27,9 @@ def test_a_broken_progress_file_is_set_aside(data_folder, content):
         assert progress.read()["grid.codes"]["solved"]
 
 
-@pytest.mark.parametrize("content", ['{"tasks": 3}', '{"tasks": {"grid.codes": 3}}', "{}", '{"tasks": {"grid.codes": {}}}'])
+@pytest.mark.parametrize(
+    "content", ['{"tasks": 3}', '{"tasks": {"grid.codes": 3}}', "{}", '{"tasks": {"grid.codes": {}}}']
+)
 def test_a_progress_file_of_another_shape_is_read_as_far_as_it_goes(data_folder, content):
     data_folder.mkdir()
     (data_folder / "progress.json").write_text(content)

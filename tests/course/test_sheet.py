@@ -143,10 +143,10 @@ def test_own_cells_are_carried_along(solved, solution):
     solved.cells.append(nbformat.v4.new_code_cell("   "))
     sources, _ = assembled(solved, solution)
     order = list(sources)
-    assert order[0] == "extra-top-0" and order.index("answer-grid-scale") == order.index("code-fec2433d") + 2
+    assert order[0] == "extra-0-top" and order.index("answer-grid-scale") == order.index("code-fec2433d") + 2
     assert sources["extra-0-code-fec2433d"] == helper.source
     assert sum(name.startswith("extra") for name in order) == 2
-    assert "extra-top-0" not in assembled(solved, solution, dropped={"extra-top-0"})[0]
+    assert "extra-0-top" not in assembled(solved, solution, dropped={"extra-0-top"})[0]
 
 
 def test_a_copied_given_cell_with_changes_is_an_own_cell(solved, solution):
@@ -157,9 +157,22 @@ def test_a_copied_given_cell_with_changes_is_an_own_cell(solved, solution):
     assert "import math" in sources.values() and not notes
 
 
+def test_what_only_shows_something_is_left_out(solved, solution, expected):
+    given = [cell for cell in cells.code_cells(solution) if not {"answer", "check"} & cells.about(cell).keys()]
+    given[-1].metadata["qlearn"]["show"] = True
+    sources, notes = assembled(solved, solution)
+    assert expected.keys() - sources.keys() == {given[-1].id} and not notes
+
+
 def test_settled_tasks_are_not_run_again(solved, solution, expected):
     by_id(solved, "answer-grid-scale").source = "def scale(x, bits): raise SystemExit"
     sources, _ = assembled(solved, solution, settled={"grid.scale", "grid.levels"}, replaced={"grid.scale"})
     assert sources["answer-grid-scale"] == expected["answer-grid-scale"]
-    gone = {"check-grid-scale", "check-grid-scale-2", "repair-check-grid-scale-2", "check-grid-levels", "repair-check-grid-levels"}
+    gone = {
+        "check-grid-scale",
+        "check-grid-scale-2",
+        "repair-check-grid-scale-2",
+        "check-grid-levels",
+        "repair-check-grid-levels",
+    }
     assert expected.keys() - sources.keys() == gone

@@ -38,7 +38,7 @@ def test_decimals_can_be_chosen():
 
 def test_html_has_headers_and_every_number():
     page = table(original=[[1.5, -2], [0, 0.25]], codes=[[1, -1], [0, 0]])._repr_html_()
-    assert page.count("<td") == 2 * 4 + 2  # numbers, and a gap in each row
+    assert page.count("<td") == 2 * 4 + 3  # numbers, and a gap in each row and the head
     assert page.count('scope="colgroup"') == 2 and ">original<" in page and ">-2.00<" in page
     page = table(**{"a<b": [1, 2]})._repr_html_()
     assert page.count("<td") == 2 and 'scope="row"' in page and "a&lt;b" in page

@@ -1,4 +1,5 @@
-"""What every task of the course has to hold: its reference is right, its mistakes are caught and named, its words are there."""
+"""What every task of the course has to hold: its reference is right, its mistakes are caught and named, its words are
+there."""
 
 import time
 

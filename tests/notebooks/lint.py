@@ -1,8 +1,8 @@
 """What makes a notebook readable and checkable, as functions that return sentences about what is wrong.
 
-A lesson reads in small steps: short cells, little prose between them. nbval has traps that let a cell pass without being
-compared (a count that is missing, an output that was never stored, a magic that does not exist), and a file that was run
-carries things that nobody wants to see: errors, dead widgets, paths of somebody's machine.
+A lesson reads in small steps: short cells, little prose between them. nbval has traps that let a cell pass without
+being compared (a count that is missing, an output that was never stored, a magic that does not exist), and a file
+that was run carries things that nobody wants to see: errors, dead widgets, paths of somebody's machine.
 """
 
 import re
@@ -42,7 +42,9 @@ def little_prose(notebook):
 def compared_outputs(notebook):
     """A cell that nbval shall compare has a count and something printed to compare with."""
     compared = [cell for cell in code(notebook) if "nbval-check-output" in cells.tags(cell)]
-    return [f"{cell.id} has no stored text" for cell in compared if cell.execution_count is None or not any(texts(cell))]
+    return [
+        f"{cell.id} has no stored text" for cell in compared if cell.execution_count is None or not any(texts(cell))
+    ]
 
 
 def executed(notebook):
@@ -62,7 +64,9 @@ def no_dead_widgets(notebook):
     """No live view, and no state of widgets."""
     kind = "application/vnd.jupyter.widget-view+json"
     found = [cell.id for cell in code(notebook) if any(kind in output.get("data", {}) for output in cell.outputs)]
-    return [f"{name} has a widget's live view" for name in found] + ["it stores widgets"] * ("widgets" in notebook.metadata)
+    return [f"{name} has a widget's live view" for name in found] + ["it stores widgets"] * (
+        "widgets" in notebook.metadata
+    )
 
 
 def no_machine(notebook):
@@ -113,6 +117,6 @@ def texts(cell):
 
 def _own_words(cell):
     """The text of a markdown cell without the card that the build has put above it."""
-    return cell.source.split("\n\n", 2)[2] if "card" in cells.about(cell) and cell.source.count("\n\n") > 1 else (
-        "" if "card" in cells.about(cell) else cell.source
-    )
+    if "card" not in cells.about(cell):
+        return cell.source
+    return "\n\n".join(cell.source.split("\n\n")[2:])

@@ -1,4 +1,5 @@
-"""Every notebook of the course runs from top to bottom under nbval, prints what is stored, and is graded as it should be.
+"""Every notebook of the course runs from top to bottom under nbval, prints what is stored, and is graded as it should
+be.
 
 A lesson's cells that are tagged `nbval-check-output` are compared with the stored output; all others have to run. One
 test is one or two processes with a kernel each: run them with `-m notebooks`.

@@ -51,8 +51,18 @@ CARD = new_markdown_cell("## T\n\n> " + "dot " * 200 + "\n\nshort", metadata={"q
     ("rule", "good", "bad", "sentence"),
     [
         (lint.short_cells, notebook(ran("1\n\n" * 8)), notebook(ran("1\n" * 31), ran(), ran()), "c0 has 31 lines"),
-        (lint.short_cells, notebook(ran("1\n" * 30), ran()), notebook(ran("1\n" * 9), ran("1\n" * 9)), "the median cell has 9 lines"),
-        (lint.little_prose, notebook(text(120), ran(), text(200)), notebook(text(60), text(61), ran()), "121 words above c2"),
+        (
+            lint.short_cells,
+            notebook(ran("1\n" * 30), ran(), ran()),
+            notebook(ran("1\n" * 9), ran("1\n" * 9)),
+            "the median cell has 9 lines",
+        ),
+        (
+            lint.little_prose,
+            notebook(text(120), ran(), text(200)),
+            notebook(text(60), text(61), ran()),
+            "121 words above c2",
+        ),
         (lint.little_prose, notebook(CARD, ran()), notebook(text(121), ran()), "121 words above c1"),
         (
             lint.compared_outputs,
@@ -70,7 +80,12 @@ CARD = new_markdown_cell("## T\n\n> " + "dot " * 200 + "\n\nshort", metadata={"q
         (lint.executed, notebook(), notebook(ran(outputs=[ERROR])), "c0 ended with an error"),
         (lint.unexecuted, notebook(ran(count=None)), notebook(ran(count=None, outputs=[PRINTED])), "c0 was run"),
         (lint.unexecuted, notebook(), notebook(ran()), "c0 was run"),
-        (lint.no_dead_widgets, notebook(ran(outputs=[PICTURE])), notebook(ran(outputs=[VIEW])), "c0 has a widget's live view"),
+        (
+            lint.no_dead_widgets,
+            notebook(ran(outputs=[PICTURE])),
+            notebook(ran(outputs=[VIEW])),
+            "c0 has a widget's live view",
+        ),
         (
             lint.no_machine,
             notebook(ran(outputs=[PICTURE])),
@@ -78,7 +93,12 @@ CARD = new_markdown_cell("## T\n\n> " + "dot " * 200 + "\n\nshort", metadata={"q
             "c0 names /home/",
         ),
         (lint.no_machine, notebook(text(3)), notebook(new_markdown_cell("see /Users/me")), "c0 names /Users/"),
-        (lint.known_magics, notebook(ran("%timeit 1"), ran("a = 3 % 2")), notebook(ran("1\n%tiemit 2")), "c0 uses %tiemit"),
+        (
+            lint.known_magics,
+            notebook(ran("%timeit 1"), ran("a = 3 % 2")),
+            notebook(ran("1\n%tiemit 2")),
+            "c0 uses %tiemit",
+        ),
         (lint.known_magics, notebook(), notebook(ran("!pip install x")), "c0 uses !pip"),
     ],
 )
@@ -94,6 +114,8 @@ def test_stored_widgets_are_found():
 
 def test_links(tmp_path):
     (tmp_path / "there.ipynb").write_text("")
-    source = "[a](there.ipynb#part) [b](https://x.org/y) [c](#top) ![d](gone.png) <img src='also-gone.png'> `f(x)[0](1)`"
+    source = (
+        "[a](there.ipynb#part) [b](https://x.org/y) [c](#top) ![d](gone.png) <img src='also-gone.png'> `f(x)[0](1)`"
+    )
     made = notebook(new_markdown_cell(source), nbformat.v4.new_raw_cell("[e](gone.txt)"))
     assert lint.links(made, tmp_path) == ["c0 links to gone.png", "c0 links to also-gone.png", "c0 links to 1"]

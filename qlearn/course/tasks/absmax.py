@@ -1,7 +1,11 @@
 """The exercise of lesson 02: absmax from the grid to the bytes.
 
-Four of the five references are the package's own functions, called in a narrow way: `absmax` with float32 scales, so that the
-learner needs no rounding of the scale, and `pack` of `formats.integers`. The ratio of signal to noise is a formula, and stands here.
+Four of the five references are the package's own functions, called in a narrow way: `absmax` with float32 scales, so
+that the learner need not round the scale, and `pack` of `formats.integers`. The ratio of signal to noise is a formula,
+and stands here.
+
+Each task comes in three parts, below in this order for all five: what is right, the cases, and what people write
+instead. A mutant is made from a correct function with one thing changed, so that it is wrong in one way only.
 """
 
 import torch
@@ -254,53 +258,58 @@ QUANTIZE_MUTANTS = (
     Mutant(
         "scale divides by 2**(bits-1)",
         lambda w, bits: _absmax(w, bits, divisor=2 ** (bits - 1)),
-        "This is what you get when the scale divides by 2**(bits - 1): the largest weight then gets that code, one more than the "
-        "format has, and wraps around to the most negative one when it is stored. Divide by 2**(bits - 1) - 1.",
+        "This is what you get when the scale divides by 2**(bits - 1): the largest weight then gets that code, one "
+        "more than the format has, and wraps around to the most negative one when it is stored. Divide by 2**(bits - "
+        "1) - 1.",
     ),
     Mutant(
         "2**(bits-1), clamped",
         lambda w, bits: _absmax(w, bits, divisor=2 ** (bits - 1), clamp=(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)),
-        "This is what you get when the scale divides by 2**(bits - 1) and the codes are clamped: the largest positive weight loses a "
-        "whole step. A symmetric grid reaches from -(2**(bits - 1) - 1) to 2**(bits - 1) - 1.",
+        "This is what you get when the scale divides by 2**(bits - 1) and the codes are clamped: the largest "
+        "positive weight loses a whole step. A symmetric grid reaches from -(2**(bits - 1) - 1) to 2**(bits - 1) - "
+        "1.",
     ),
     Mutant(
         "unsigned range",
         lambda w, bits: _absmax(w, bits, divisor=2**bits - 1),
-        "This is what you get when the scale divides by 2**bits - 1: those are the steps of an unsigned grid, and half of the codes "
-        "you return do not fit into the bits.",
+        "This is what you get when the scale divides by 2**bits - 1: those are the steps of an unsigned grid, and "
+        "half of the codes you return do not fit into the bits.",
     ),
     Mutant(
         "range of max and min",
         lambda w, bits: _absmax(w, bits, 2**bits - 2, largest=lambda w: w.max() - w.min(), clamp=_symmetric(bits)),
-        "This is what you get when the scale comes from max - min: the grid has the right length but zero is not in the middle of the "
-        "weights, so one end is cut off. The symmetric scale comes from the largest magnitude.",
+        "This is what you get when the scale comes from max - min: the grid has the right length but zero is not in "
+        "the middle of the weights, so one end is cut off. The symmetric scale comes from the largest magnitude.",
     ),
     Mutant(
         "max without abs",
         lambda w, bits: _absmax(w, bits, largest=lambda w: w.max(), clamp=_symmetric(bits)),
-        "This is what you get when the scale comes from the largest weight and not from the largest magnitude: large negative weights "
-        "do not fit.",
+        "This is what you get when the scale comes from the largest weight and not from the largest magnitude: large "
+        "negative weights do not fit.",
     ),
     Mutant(
         "floor for round",
         lambda w, bits: _absmax(w, bits, rounding=torch.floor),
-        "This is what you get when codes are rounded down: every error has the same sign, and it can be a whole step, not half of one.",
+        "This is what you get when codes are rounded down: every error has the same sign, and it can be a whole "
+        "step, not half of one.",
     ),
     Mutant(
         "truncation for round",
         lambda w, bits: _absmax(w, bits, rounding=torch.trunc),
-        "This is what you get when converting to an integer does the rounding: it cuts the fraction off, toward zero. Round first.",
+        "This is what you get when converting to an integer does the rounding: it cuts the fraction off, toward "
+        "zero. Round first.",
     ),
     Mutant(
         "ties away from zero",
         lambda w, bits: _absmax(w, bits, rounding=_half_away),
-        "This is what you get when 0.5 is added before rounding down: ties go away from zero then. torch.round sends them to the even "
-        "neighbour, as the package does.",
+        "This is what you get when 0.5 is added before rounding down: ties go away from zero then. torch.round sends "
+        "them to the even neighbour, as the package does.",
     ),
     Mutant(
         "one bit too few",
         lambda w, bits: _absmax(w, max(bits - 1, 2)),
-        "This is what you get with one bit too few: 2**(bits - 1) - 1 codes on each side of zero, not 2**(bits - 2) - 1.",
+        "This is what you get with one bit too few: 2**(bits - 1) - 1 codes on each side of zero, not 2**(bits - 2) "
+        "- 1.",
     ),
     Mutant(
         "a scale for each row",
@@ -310,13 +319,14 @@ QUANTIZE_MUTANTS = (
     Mutant(
         "all zeros give NaN",
         _zeros_not_handled,
-        "Where all weights are zero, so is the scale, and 0 / 0 is not a number. Use scale 1 there: every code is 0 then.",
+        "Where all weights are zero, so is the scale, and 0 / 0 is not a number. Use scale 1 there: every code is 0 "
+        "then.",
     ),
     Mutant(
         "scale kept away from zero",
         lambda w, bits: _absmax(w, bits, largest=lambda w: w.abs().max().clamp(min=1e-5)),
-        "This is what you get when the scale is kept above a small constant: tiny weights then lose their codes. Only a scale of exactly "
-        "0 needs to be replaced, and by 1.",
+        "This is what you get when the scale is kept above a small constant: tiny weights then lose their codes. "
+        "Only a scale of exactly 0 needs to be replaced, and by 1.",
     ),
 )
 
@@ -334,8 +344,8 @@ GROUPED_MUTANTS = (
     Mutant(
         "every n-th weight",
         _strided,
-        "This is what you get when a group is made of every n-th weight of a row: a group is consecutive weights. Reshape to "
-        "(rows, groups, group_size), in this order.",
+        "This is what you get when a group is made of every n-th weight of a row: a group is consecutive weights. "
+        "Reshape to (rows, groups, group_size), in this order.",
     ),
     Mutant(
         "down the columns",
@@ -345,7 +355,8 @@ GROUPED_MUTANTS = (
     Mutant(
         "max without abs",
         lambda w, bits, g: _grouped(w, bits, g, largest=lambda x: x.amax(-1).abs()),
-        "This is what you get without abs(): a group whose largest magnitude is negative gets a scale that does not cover it.",
+        "This is what you get without abs(): a group whose largest magnitude is negative gets a scale that does not "
+        "cover it.",
     ),
     Mutant(
         "scale divides by 2**(bits-1)",
@@ -365,13 +376,14 @@ GROUPED_MUTANTS = (
     Mutant(
         "a scale for each weight",
         _a_scale_for_each_weight,
-        "This is what you get when the scale is repeated for every weight of its group: stored like that it would cost as much as the "
-        "weights did. Return one for each group.",
+        "This is what you get when the scale is repeated for every weight of its group: stored like that it would "
+        "cost as much as the weights did. Return one for each group.",
     ),
     Mutant(
         "a group of zeros gives NaN",
         _zeros_give_nan,
-        "A group of zeros has scale 0, and 0 / 0 is not a number: use scale 1 for that group, and leave the others alone.",
+        "A group of zeros has scale 0, and 0 / 0 is not a number: use scale 1 for that group, and leave the others "
+        "alone.",
     ),
 )
 
@@ -379,7 +391,8 @@ SQNR_MUTANTS = (
     Mutant(
         "20 log10 of the powers",
         lambda w, r: _ratio(w.square().sum(), (w - r).square().sum(), factor=20),
-        "This is twice the right number: 20 log10 belongs to a ratio of amplitudes. Sums of squares are powers, and take 10 log10.",
+        "This is twice the right number: 20 log10 belongs to a ratio of amplitudes. Sums of squares are powers, and "
+        "take 10 log10.",
     ),
     Mutant(
         "10 log10 of the amplitudes",
@@ -404,7 +417,8 @@ SQNR_MUTANTS = (
     Mutant(
         "variance for power",
         lambda w, r: _ratio(w.var(), (w - r).var()),
-        "This is what you get with variances: they leave the mean out, and an error that is the same everywhere would count as none.",
+        "This is what you get with variances: they leave the mean out, and an error that is the same everywhere "
+        "would count as none.",
     ),
     Mutant(
         "absolute values",
@@ -424,8 +438,8 @@ SQNR_MUTANTS = (
     Mutant(
         "kept away from zero",
         lambda w, r: _ratio(w.square().sum(), (w - r).square().sum() + 1e-8),
-        "This adds a small constant to the noise: for small weights it drowns the noise that is really there. Where nothing is lost the "
-        "answer is infinite, and torch gives that by itself.",
+        "This adds a small constant to the noise: for small weights it drowns the noise that is really there. Where "
+        "nothing is lost the answer is infinite, and torch gives that by itself.",
     ),
 )
 
@@ -458,8 +472,8 @@ BITS_MUTANTS = (
     Mutant(
         "last byte not rounded up",
         lambda r, c, b, g=None: b + 16 / (c if g is None else g),
-        "This is the formula bits + 16 / group_size, which is right in the limit: a file holds whole bytes, so round the bytes of all "
-        "codes together up.",
+        "This is the formula bits + 16 / group_size, which is right in the limit: a file holds whole bytes, so round "
+        "the bytes of all codes together up.",
     ),
     Mutant(
         "last byte lost",
@@ -469,12 +483,14 @@ BITS_MUTANTS = (
     Mutant(
         "each row padded",
         lambda r, c, b, g=None: _stored(r, c, b, g, code_bytes=r * -(-c * b // 8)),
-        "This rounds every row up to whole bytes: rows are packed one right after the other, and only the end is filled up.",
+        "This rounds every row up to whole bytes: rows are packed one right after the other, and only the end is "
+        "filled up.",
     ),
     Mutant(
         "each group padded",
         lambda r, c, b, g=None: _stored(r, c, b, g, code_bytes=r * c // (g or c) * -(-(g or c) * b // 8)),
-        "This rounds every group up to whole bytes: codes are packed one right after the other, and only the end is filled up.",
+        "This rounds every group up to whole bytes: codes are packed one right after the other, and only the end is "
+        "filled up.",
     ),
     Mutant(
         "bytes for bits",
@@ -487,19 +503,20 @@ PACK_MUTANTS = (
     Mutant(
         "first code in the high nibble",
         lambda c: _pack(c, slice(1, None, 2), slice(0, None, 2)),
-        "This is what you get when the first code of a pair goes into the upper four bits: here it goes into the lower.",
+        "This is what you get when the first code of a pair goes into the upper four bits: here it goes into the "
+        "lower.",
     ),
     Mutant(
         "signs smeared",
         _signs_smeared,
-        "This is what you get when a negative code is not cut to four bits: its sign bits fill the upper nibble, where its neighbour "
-        "should be. Take `codes & 15` first.",
+        "This is what you get when a negative code is not cut to four bits: its sign bits fill the upper nibble, "
+        "where its neighbour should be. Take `codes & 15` first.",
     ),
     Mutant(
         "offset by 8",
         lambda c: _pack(c, number=lambda c: (c + 8).to(torch.uint8)),
-        "This stores code + 8: another good way to make codes positive, but here they stay in two's complement, the low four bits of "
-        "the int8 itself.",
+        "This stores code + 8: another good way to make codes positive, but here they stay in two's complement, the "
+        "low four bits of the int8 itself.",
     ),
     Mutant(
         "offset by 7",
@@ -509,12 +526,14 @@ PACK_MUTANTS = (
     Mutant(
         "sign and magnitude",
         _sign_and_magnitude,
-        "This stores a sign bit and a magnitude, as floats do: two's complement is what the int8 has already, cut to its low four bits.",
+        "This stores a sign bit and a magnitude, as floats do: two's complement is what the int8 has already, cut to "
+        "its low four bits.",
     ),
     Mutant(
         "halves of the list",
         _halves,
-        "This pairs each code with the one half a list further on (as the Q4_0 format does within its blocks): here neighbours share a byte.",
+        "This pairs each code with the one half a list further on (as the Q4_0 format does within its blocks): here "
+        "neighbours share a byte.",
     ),
     Mutant(
         "last code lost",
@@ -550,7 +569,8 @@ TASKS = (
         cases=_quantize_cases,
         hints=(
             "The largest magnitude must land on the largest code; what is that code at 3 bits, and in general?",
-            "scale = weights.abs().max() / (2**(bits - 1) - 1), replaced by 1 when it is 0; codes = (weights / scale).round(), as int8.",
+            "scale = weights.abs().max() / (2**(bits - 1) - 1), replaced by 1 when it is 0; codes = (weights / "
+            "scale).round(), as int8.",
         ),
         mutants=QUANTIZE_MUTANTS,
     ),
@@ -564,8 +584,10 @@ TASKS = (
         reference=grouped,
         cases=_grouped_cases,
         hints=(
-            "Give the matrix a third axis, so that the last one runs over a group; then everything is as before, along that axis.",
-            "groups = weight.reshape(rows, -1, group_size); scales = groups.abs().amax(-1) / qmax; divide by scales[..., None].",
+            "Give the matrix a third axis, so that the last one runs over a group; then everything is as before, "
+            "along that axis.",
+            "groups = weight.reshape(rows, -1, group_size); scales = groups.abs().amax(-1) / qmax; divide by "
+            "scales[..., None].",
         ),
         mutants=GROUPED_MUTANTS,
     ),
@@ -580,7 +602,8 @@ TASKS = (
         cases=_sqnr_cases,
         hints=(
             "Power is a sum of squares. There are two of them here: of the weights, and of what was lost.",
-            "10 * torch.log10(signal / noise) with signal = original.square().sum(), and noise the same of the difference.",
+            "10 * torch.log10(signal / noise) with signal = original.square().sum(), and noise the same of the "
+            "difference.",
         ),
         mutants=SQNR_MUTANTS,
         tolerance=1e-5,
@@ -595,8 +618,10 @@ TASKS = (
         reference=bits_per_weight,
         cases=_bits_cases,
         hints=(
-            "Count bytes: those of all codes together, and two for each scale; only at the end divide by the number of weights.",
-            "code_bytes = -(-rows * columns * bits // 8) rounds up; there are rows * columns // group_size scales of 2 bytes.",
+            "Count bytes: those of all codes together, and two for each scale; only at the end divide by the number "
+            "of weights.",
+            "code_bytes = -(-rows * columns * bits // 8) rounds up; there are rows * columns // group_size scales of "
+            "2 bytes.",
         ),
         mutants=BITS_MUTANTS,
     ),
@@ -610,8 +635,10 @@ TASKS = (
         reference=pack4,
         cases=_pack_cases,
         hints=(
-            "`codes & 15` keeps the low four bits of a code; `<< 4` moves them up; `|` joins two halves. What if one code is left over?",
-            "nibbles = (codes & 15).to(torch.uint8), with a 0 appended when their number is odd; then nibbles[::2] | nibbles[1::2] << 4.",
+            "`codes & 15` keeps the low four bits of a code; `<< 4` moves them up; `|` joins two halves. What if one "
+            "code is left over?",
+            "nibbles = (codes & 15).to(torch.uint8), with a 0 appended when their number is odd; then nibbles[::2] | "
+            "nibbles[1::2] << 4.",
         ),
         mutants=PACK_MUTANTS,
     ),

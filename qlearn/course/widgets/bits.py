@@ -82,8 +82,8 @@ class BitExplorer(LiveView):
         self.draw()
 
     def sweep(self):
-        """In every format, type a few numbers and flip every bit there and back; returns the summaries. For tests."""
-        summaries = []
+        """In every format, type a few numbers and flip every bit there and back; returns the summaries, for tests."""
+        summaries, start = [], self.values()
         for name in self.controls["format"].options:
             self.controls["format"].value = name
             for number in _TYPED:
@@ -92,6 +92,8 @@ class BitExplorer(LiveView):
             for bit in [*range(self.format.bits)] * 2:
                 self.flip(bit)
                 summaries.append(self._checked_summary())
+        for control, value in start.items():
+            self.controls[control].value = value
         return summaries
 
     def _checked_summary(self):

@@ -78,23 +78,23 @@ class ClipExplorer(LivePlot):
         return qt.scales.item(), *(100 * part / square.numel() / self._power for part in parts)
 
     def _curves(self, bits):
-        """(rounding, clipping, total) over FRACTIONS, and (limit in %, total error) of the package's own choice."""
+        """(steps, rounding, clipping) over FRACTIONS, and (limit in %, total error) of the package's own choice."""
         if bits not in self._known:
-            _, rounding, clipping = np.array([self._errors_at(bits, f) for f in FRACTIONS.tolist()]).T
+            curves = np.array([self._errors_at(bits, fraction) for fraction in FRACTIONS.tolist()]).T
             qt = qlearn.quantize(self._weights, "absmax", bits=bits, per="tensor", clip="mse")
             qmax = integer_range(bits, symmetric=True)[1]
-            best = 100 * qt.scales.item() * qmax / self._largest, 100 * measure.measure(self._weights, qt).relative ** 2
-            self._known[bits] = (rounding, clipping, rounding + clipping), best
+            limit = 100 * qt.scales.item() * qmax / self._largest
+            self._known[bits] = curves, (limit, 100 * measure.measure(self._weights, qt).relative ** 2)
         return self._known[bits]
 
     def _update(self, clip, bits):
-        curves, best = self._curves(bits)
-        step, rounding, clipping = self._errors_at(bits, clip / 100)
-        limit = clip / 100 * self._largest
+        (steps, *parts), best = self._curves(bits)
+        place, limit = clip - round(100 * FRACTIONS[0]), clip / 100 * self._largest
+        rounding, clipping = parts[0][place], parts[1][place]
         low, high = integer_range(bits, symmetric=True)
         self._limits.set_data(*measure.lines(np.array([-limit, limit]), 0.1, 1e9))
-        self._grid.set_data(*measure.lines(np.arange(low, high + 1) * step, 0.12, 0.4))
-        for line, curve in zip(self._lines, curves, strict=True):
+        self._grid.set_data(*measure.lines(np.arange(low, high + 1) * steps[place], 0.12, 0.4))
+        for line, curve in zip(self._lines, (*parts, sum(parts)), strict=True):
             line.set_data(100 * FRACTIONS, np.where(curve > 0, curve, np.nan))
         self._best.set_data([best[0]], [best[1]])
         self._dot.set_data([clip], [rounding + clipping])

@@ -36,18 +36,18 @@ class TextBreaker(LiveView):
             self.note.value = note_html(f"writing with {bits} bits; this takes a few seconds …")
             text, number = self._generate(bits)
             self._known[bits] = str(text), float(number)
-        text, number = self._known[bits]
+        self._shown, number = self._known[bits]
         style = (
             "white-space: pre-wrap; line-height: 1.35; padding: 0.6em; min-height: 12em; border-left: 4px solid #0072B2"
         )
-        self.text.value = f'<pre class="qtext" style="{style}">{html.escape(text)}</pre>'
+        self.text.value = f'<pre class="qtext" style="{style}">{html.escape(self._shown)}</pre>'
         return f"{bits} bits: {self._measure} {number:.3g}"
 
     def png(self):
         """The text as a still picture, its first lines at least, PNG bytes."""
         lines = [
             part
-            for line in self._current()[0].splitlines()
+            for line in self._shown.splitlines()
             for part in textwrap.wrap(line, _COLUMNS, drop_whitespace=False) or [""]
         ]
         if len(lines) > _LINES:
@@ -59,9 +59,6 @@ class TextBreaker(LiveView):
             shown = "\n".join(lines).replace("$", r"\$")  # a lone dollar sign would begin a formula
             figure.text(0.01, top, shown, va="top", family="DejaVu Sans Mono", fontsize=10, linespacing=1.35)
         return plots.Picture(figure, self.alt).png()
-
-    def _current(self):
-        return self._known[self.controls["bits"].value]
 
 
 def text_breaker(generate, bits=(2, 8), measure="perplexity"):

@@ -25,7 +25,7 @@ class ZeroPointExplorer(LivePlot):
     def __init__(self, weights, bits):
         weights = measure.as_matrix(weights)
         self._weights = weights / max(weights.std(correction=0).item(), 1e-30)
-        self._curves = {}
+        self._known = {}
         low, high = measure.bit_range(bits)[0], measure.bit_range(bits)[-1]
         controls = {
             "shift": ipywidgets.FloatSlider(min=0, max=4, step=0.1, value=0, description="shift (standard deviations)"),
@@ -70,19 +70,20 @@ class ZeroPointExplorer(LivePlot):
         zero = int(qt.zero_points().item())
         return (np.arange(2**bits) - zero) * scale, error, zero
 
-    def _curve(self, method, bits):
-        if (method, bits) not in self._curves:
-            self._curves[method, bits] = [self._at(method, shift, bits)[1] for shift in SHIFTS.tolist()]
-        return self._curves[method, bits]
+    def _results(self, method, bits):
+        """What `_at` gives at each of SHIFTS, computed when a number of bits is first shown."""
+        if (method, bits) not in self._known:
+            self._known[method, bits] = [self._at(method, shift, bits) for shift in SHIFTS.tolist()]
+        return self._known[method, bits]
 
     def _update(self, shift, bits):
-        results = [self._at(method, shift, bits) for method in METHODS]
-        for (grid, _, _), line, histogram in zip(results, self._grids, self._histograms, strict=True):
+        place = round(shift * 10)
+        for method, histogram, grid, line in zip(METHODS, self._histograms, self._grids, self._lines, strict=True):
+            results = self._results(method, bits)
             histogram.set_data(self._counts / self._counts.max(), self._edges + shift)
-            line.set_data(*measure.lines(grid, -0.22, -0.02))
-        for method, line in zip(METHODS, self._lines, strict=True):
-            line.set_data(SHIFTS, self._curve(method, bits))
-        (_, symmetric, _), (_, asymmetric, zero) = results
+            grid.set_data(*measure.lines(results[place][0], -0.22, -0.02))
+            line.set_data(SHIFTS, [error for _, error, _ in results])
+        (_, symmetric, _), (_, asymmetric, zero) = (self._results(method, bits)[place] for method in METHODS)
         self._dots.set_data([shift, shift], [symmetric, asymmetric])
         return (
             f"{bits} bits, shift {shift:.1f}: rms error {symmetric:.3g} by absmax, {asymmetric:.3g} by zero-point "

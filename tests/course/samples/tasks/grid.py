@@ -46,8 +46,12 @@ TASKS = (
         hints=("Which code should the largest magnitude get?", "Divide the largest magnitude by 2**(bits - 1) - 1."),
         mutants=(
             Mutant("all codes", _unchecked(lambda bits: 2**bits - 1), "This is what you get with 2**bits - 1."),
-            Mutant("one too many", _unchecked(lambda bits: 2 ** (bits - 1)), "This is what you get with 2**(bits - 1)."),
-            Mutant("no magnitude", lambda x, bits: x.max() / (2 ** (bits - 1) - 1), "This is x.max() for abs(x).max()."),
+            Mutant(
+                "one too many", _unchecked(lambda bits: 2 ** (bits - 1)), "This is what you get with 2**(bits - 1)."
+            ),
+            Mutant(
+                "no magnitude", lambda x, bits: x.max() / (2 ** (bits - 1) - 1), "This is x.max() for abs(x).max()."
+            ),
             Mutant("zero", lambda x, bits: 0.0, "This is zero whatever the input."),
             Mutant("one bit accepted", _unchecked(lambda bits: max(2 ** (bits - 1) - 1, 1)), "One bit has no ruling."),
         ),
@@ -63,9 +67,13 @@ TASKS = (
         cases=_cases,
         hints=("Which integer is nearest?", "Round x / scale."),
         mutants=(
-            Mutant("floor", lambda x, bits: np.floor(x / scale(x, bits)).astype(int), "This is floor instead of round."),
+            Mutant(
+                "floor", lambda x, bits: np.floor(x / scale(x, bits)).astype(int), "This is floor instead of round."
+            ),
             Mutant("ceil", lambda x, bits: np.ceil(x / scale(x, bits)).astype(int), "This is ceil instead of round."),
-            Mutant("trunc", lambda x, bits: np.trunc(x / scale(x, bits)).astype(int), "This is a cast without rounding."),
+            Mutant(
+                "trunc", lambda x, bits: np.trunc(x / scale(x, bits)).astype(int), "This is a cast without rounding."
+            ),
             Mutant("zeros", lambda x, bits: np.zeros(x.shape, int), "These are zeros."),
             Mutant("half up", lambda x, bits: np.floor(x / scale(x, bits) + 0.5).astype(int), "Ties go up here."),
         ),
