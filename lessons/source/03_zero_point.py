@@ -108,8 +108,9 @@ assert on_zero[0, 100] == 0 and pruned.sum().abs() < 1
 course.source_of(qlearn.methods.zero_point)
 
 # %% [markdown]
-# `low` and `high` are clamped to include 0: that is the widening. `fit` is what you did by hand, once for each block of weights, and
-# `_search` is for later. It does the same as the lines above, but for the scale, which is stored in 16 bits.
+# `low` and `high` are clamped to include 0: that is the widening. `fit` is what you did by hand, for each block of weights that share a
+# scale; `_search` is for later. The result is that of the lines above. Only the scale differs a little, as it is stored in 16 bits, so
+# here we ask for 32.
 
 # %% tags=["nbval-check-output"]
 exact = qlearn.quantize(x[None], "zero_point", bits=3, scale_dtype=torch.float32)
@@ -306,7 +307,7 @@ for bits in (8, 4, 2):
     print(explorer.summary)
 
 # %% [markdown]
-# **What you should have seen.** The rounding error falls with the square of the clip, and the clipping error is nothing for a long while
+# **What you should have seen.** As the clip moves in, the rounding error falls with its square, while the clipping error is nothing for long
 # and then rises steeply, so the sum has one minimum. At 8 bits it is almost at the end of the range and gains next to nothing. At 4 bits it
 # lies near 60 % of the largest number, and halves the error. At 2 bits it is near 30 %, and leaves less than a quarter. The fewer
 # the bits, the earlier a grid should end.

@@ -15,6 +15,10 @@ of text, with metadata behind it:
     # %% qlearn={"check": "absmax.scale"}
     course.check("absmax.scale", scale)
 
+A check is best a call of `course.check`, which catches what the answer itself prints; in any other check a forgotten
+`print` of the learner counts as a different output. Given code that only shows something is marked {"show": true}, and
+the grader does not spend time on it.
+
 That is what people edit and review; jupytext parses it. Two things are added here. Cells get ids that depend only on
 what they say, so that building twice gives the same file and a changed cell is a small diff. And what belongs to a
 task, its points and its card, comes from the registry of tasks, where it is written down once.

@@ -1,8 +1,8 @@
 """The exercise of lesson 03: a grid with a zero point, a matrix product of its codes, and where to clip.
 
 `parameters` and `best_clip` ask for what the package's `zero_point` found, read off the tensor it returns (with float32
-scales, so that the learner needs no rounding of the scale). `quantize` and `integer_matmul` are a formula each, which
-the lesson holds against the package's codes and against the sum that the formula stands for.
+scales, so that the learner needs no rounding of the scale). `quantize` and `integer_matmul` are a formula each. The
+exercise's last cells hold the codes against the package's, and the product against the layer.
 """
 
 import torch

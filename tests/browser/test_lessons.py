@@ -1,0 +1,53 @@
+"""Every lesson in a real JupyterLab: Run All has no error, and its first live picture follows a dragged slider."""
+
+from pathlib import Path
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install qlearn[test])")
+expect = sync_api.expect
+
+LESSONS = sorted(path.name for path in (Path(__file__).resolve().parents[2] / "lessons").glob("*.ipynb"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", LESSONS)
+def test_run_all_and_drag(lab, name):
+    lab.open(f"lessons/{name}").run_all()
+    assert lab.failures() == []
+    expect(lab.notebook.get_by_text("Error displaying widget")).to_have_count(0)
+    sliders = lab.notebook.locator(".jp-OutputArea").filter(has=lab.page.locator(".qlive-note")).locator(".noUi-target")
+    if sliders.count() == 0:
+        pytest.fail(f"{name} has no live widget with a slider")
+    output = lab.notebook.locator(".jp-OutputArea").filter(has=lab.page.locator(".qlive-note .noUi-target, .noUi-target")).filter(
+        has=lab.page.locator(".qlive-note")
+    ).first
+    target, note = output.locator(".noUi-target").first, output.locator(".qlive-note")
+    before, said = shown(output), note.inner_text()
+    lab.drag(target, to=0.0 if position(target) > 0.5 else 1.0)
+    expect(note).not_to_have_text(said, timeout=60_000)
+    expect(note).not_to_contain_text("this takes a few seconds", timeout=60_000)
+    assert shown(output) != before
+
+
+def position(target):
+    """Where the handle of a slider is, from 0 to 1."""
+    track, handle = target.bounding_box(), target.locator(".noUi-handle").first.bounding_box()
+    return (handle["x"] + handle["width"] / 2 - track["x"]) / track["width"]
+
+
+def shown(output):
+    """What a live widget shows: its pictures, pixel by pixel, and its text other than the note."""
+    return output.evaluate(
+        """async output => {
+            const parts = [...output.querySelectorAll('.qtext')].map(text => text.innerText);
+            for (const image of output.querySelectorAll('img')) {
+                await image.decode();
+                const canvas = document.createElement('canvas');
+                canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+                canvas.getContext('2d').drawImage(image, 0, 0);
+                parts.push(canvas.toDataURL());
+            }
+            return parts.join();
+        }"""
+    )
