@@ -2,11 +2,11 @@
 
 The spine of the package, from the ground up:
 
-    codes  = qlearn.formats.floats.FP8_E4M3FN.encode(x)                    # a format is a grid of numbers
-    qt     = qlearn.quantize(weight, "absmax", bits=4, group_size=64)      # a method puts a matrix on the grid
-    model, tokenizer = qlearn.load_model()                                 # a small language model that ships with the package
-    qlearn.quantize_model(model, "absmax", bits=4, group_size=64)          # every linear layer of it
-    qlearn.evaluate.report(model, tokenizer)                               # what that cost, in one row of a table
+    codes = qlearn.formats.floats.FP8_E4M3FN.encode(x)                # a format is a grid of numbers
+    qt = qlearn.quantize(weight, "absmax", bits=4, group_size=64)     # a method puts a matrix on the grid
+    model, tokenizer = qlearn.load_model()                            # a small language model, shipped with the package
+    qlearn.quantize_model(model, "absmax", bits=4, group_size=64)     # every linear layer of it
+    qlearn.evaluate.report(model, tokenizer)                          # what that cost, in one row of a table
 
 The names above are imported when they are first used, so that `import qlearn` itself takes no time.
 """

@@ -151,7 +151,7 @@ def packed_size(count, bits):
     return count * bits
 
 
-# %%
+# %% qlearn={"check": "start_here.packed_size"}
 course.check("start_here.packed_size", packed_size)
 
 # %% [markdown]

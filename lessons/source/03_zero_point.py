@@ -71,7 +71,7 @@ course.table(original=x, codes=codes, reconstructed=(codes - zero) * scale)
 
 # %% [markdown]
 # All eight codes are in reach. −min / scale is 1.85, and it was rounded to 2: the whole grid moved by 0.15 steps, so that one ruling
-# stands exactly on 0. Absmax has seven codes, and with these numbers uses four of them:
+# stands exactly on 0. Absmax has seven codes, −3 to 3, and with these numbers −3 and −2 cannot occur:
 
 # %% tags=["nbval-check-output"]
 symmetric = qlearn.quantize(x[None], "absmax", bits=3)

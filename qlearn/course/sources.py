@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 
-class source_of:  # noqa: N801: it reads as a verb in a lesson
+class source_of:
     """The source of a function or class, without its docstring, as a notebook shows it.
 
     >>> from qlearn.methods.affine import _round

@@ -21,7 +21,7 @@ def check_weight(weight):
     >>> check_weight([[1.0, float("inf")]])
     Traceback (most recent call last):
     ...
-    ValueError: 1 of 2 weights are not finite, the first is inf at row 0, column 1; repair them first
+    ValueError: 1 of 2 weights are not finite, first inf at row 0, column 1; mend them first
     """
     weight = torch.as_tensor(weight).detach()
     if weight.dim() != 2 or weight.numel() == 0:
@@ -35,8 +35,8 @@ def check_weight(weight):
     if broken.any():
         row, column = broken.nonzero()[0].tolist()
         raise ValueError(
-            f"{int(broken.sum())} of {weight.numel()} weights are not finite, the first is {weight[row, column].item()} "
-            f"at row {row}, column {column}; repair them first"
+            f"{int(broken.sum())} of {weight.numel()} weights are not finite, first {weight[row, column].item()} "
+            f"at row {row}, column {column}; mend them first"
         )
     return weight
 

@@ -72,7 +72,7 @@ course.check("bits.decode", decode)
 # The bits below are decoded by *your* functions, and the format watches: where it disagrees, the last line says so. E4M3 has one pair of
 # codes on which a right answer disagrees with it. Which one, and what does the formula say there?
 
-# %%
+# %% qlearn={"show": true}
 course.widgets.BitExplorer(
     FP8_E4M3FN, "0.3", decode=lambda code: decode(*(np.int64(part) for part in fields(code, FP8_E4M3FN)), FP8_E4M3FN)
 )
@@ -111,10 +111,10 @@ course.check("bits.encode", encode)
 # Type numbers into your own encoder. Below it, its errors on ten thousand numbers. An encoder that rounds to the nearest has none
 # beyond half an ulp, and is about as often too large as too small.
 
-# %%
+# %% qlearn={"show": true}
 course.widgets.BitExplorer(FP6_E2M3, "1.3", encode=lambda x: encode(np.float64(x), FP6_E2M3))
 
-# %%
+# %% qlearn={"show": true}
 x = np.random.default_rng(0).normal(0, 0.05, 10_000)
 error = (np.abs(FP8_E5M2.decode(encode(x, FP8_E5M2))) - np.abs(x)) / FP8_E5M2.ulp(x)
 picture, axes = course.plots.figure(8, 2.6, alt="Histogram of the errors of your encoder, in ulps, with lines at one half.")
@@ -181,7 +181,7 @@ course.check("bits.stochastic", stochastic)
 # 0.01, added ten thousand times, by your `bf16` and by your `stochastic` with BF16. The exact sum is 100. The first should stop
 # at 4; of the second there are twenty, each with a luck of its own.
 
-# %%
+# %% qlearn={"show": true}
 random = np.random.default_rng(0)
 nearest, chance = [np.zeros(1, np.float32)], [np.zeros(20)]
 for _ in range(10_000):

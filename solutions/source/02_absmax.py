@@ -54,7 +54,7 @@ course.check("absmax.quantize", quantize)
 # The five weights on your grid, at 3 bits and at 4. A line that leads to a ruling which is not the nearest one, or past
 # the last one, shows a mistake.
 
-# %%
+# %% qlearn={"show": true}
 alt = "Five weights and the rulings they go to, at 3 bits and at 4."
 picture, axes = course.plots.figure(8, 3.2, alt=alt, rows=2, sharex=True)
 for ax, bits in zip(axes, (3, 4)):
@@ -98,7 +98,7 @@ course.check("absmax.grouped", grouped)
 # 64 weights in groups of 16, and an outlier in the second group. The steps show half a scale, the limit of your errors.
 # Only one group should have to put up with a coarse ruler, and no dot may lie above its step.
 
-# %%
+# %% qlearn={"show": true}
 row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
 row[0, 20] = 12.0
 codes, scales = grouped(row, bits=4, group_size=16)
@@ -138,7 +138,7 @@ course.check("absmax.sqnr", sqnr)
 # 4,096 normally distributed numbers on your grid, measured with your decibels. The dashed line gains 6.02 dB with each
 # bit; the dots should come close to its slope on the right, and be steeper on the left.
 
-# %%
+# %% qlearn={"show": true}
 normal = torch.randn(4096, generator=torch.Generator().manual_seed(0))
 bits = range(2, 9)
 found = [float(sqnr(normal, codes * scale)) for codes, scale in (quantize(normal, b) for b in bits)]
@@ -179,7 +179,7 @@ course.check("absmax.bits_per_weight", bits_per_weight)
 # %% [markdown]
 # A nominal number of bits says little. By your count, this is what "4 bits" costs in a matrix of 256 × 768.
 
-# %%
+# %% qlearn={"show": true}
 for size in (768, 256, 128, 64, 32, 16, 8):
     print(f"groups of {size:3}: {bits_per_weight(256, 768, 4, size):.3f} bits per weight")
 
@@ -210,7 +210,7 @@ course.check("absmax.pack4", pack4)
 # %% [markdown]
 # Your bytes, bit by bit. Read each from the right: the first code of the pair, then the second.
 
-# %%
+# %% qlearn={"show": true}
 codes = torch.tensor([1, 2, -1, 5, -7, -3, 7], dtype=torch.int8)
 for index, byte in enumerate(pack4(codes).tolist()):
     print(f"{byte >> 4:04b} {byte & 15:04b}   holds {codes[2 * index : 2 * index + 2].tolist()}")
@@ -221,7 +221,7 @@ for index, byte in enumerate(pack4(codes).tolist()):
 # A layer of the bundled model at 4 bits, with your codes, your scales, your decibels and your bits. How small should
 # groups be?
 
-# %%
+# %% qlearn={"show": true}
 with safe_open(qlearn.models.loading.BUNDLED / "model.safetensors", "pt") as file:
     weight = file.get_tensor("model.layers.0.mlp.down_proj.weight").float()
 
@@ -234,7 +234,7 @@ for size in (768, 128, 64, 32, 16):
 # %% [markdown]
 # And the file. Your packed codes and the scales in FP16, nothing else; the package's `unpack` reads the codes back.
 
-# %%
+# %% qlearn={"show": true}
 codes, scales = grouped(weight, 4, 64)
 packed = pack4(codes.flatten())
 with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +246,7 @@ with tempfile.TemporaryDirectory() as folder:
 print(f"{size:,} bytes, {8 * size / weight.numel()} bits per weight")
 assert 8 * size / weight.numel() == bits_per_weight(*weight.shape, 4, 64)
 
-# %%
+# %% qlearn={"show": true}
 assert torch.equal(from_unsigned(unpack(packed, 4, codes.numel()), 4), codes.flatten())
 assert torch.equal(codes, qlearn.quantize(weight, "absmax", bits=4, group_size=64, scale_dtype=torch.float32).codes())
 print("the package reads your codes, and they are its own")

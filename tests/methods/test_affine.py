@@ -80,35 +80,34 @@ def test_codes_use_the_range_they_own_and_no_more(method, bits):
         assert codes.min() == 0
 
 
+def agrees(qt, weight, theirs):
+    """torch multiplies by 1/scale where we divide, so a quotient within a hair of a tie may fall to the other side."""
+    quotient = (weight / qt.scales.float()).double()
+    tie = (quotient - quotient.floor() - 0.5).abs() < 1e-4
+    return torch.equal(qt.dequantize()[~tie], theirs[~tie]) and tie.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
-def test_absmax_agrees_with_torch(layout):
-    """On the same scale; torch multiplies by 1/scale, so only ties may fall otherwise."""
-    weight = normal(32, 64)
-    qt = absmax(weight, bits=8, scale_dtype=torch.float32, **layout)
+def test_absmax_agrees_with_torch(layout, bits):
+    weight, qmax = normal(32, 64), 2 ** (bits - 1) - 1
+    qt = absmax(weight, bits=bits, scale_dtype=torch.float32, **layout)
     if layout["per"] == "tensor":
-        theirs = torch.quantize_per_tensor(weight, qt.scales.item(), 0, torch.qint8)
+        theirs = torch.fake_quantize_per_tensor_affine(weight, qt.scales.item(), 0, -qmax, qmax)
     else:
-        axis = {"row": 0, "column": 1}[layout["per"]]
-        scales = qt.scales.flatten().double()
-        theirs = torch.quantize_per_channel(
-            weight, scales, torch.zeros(len(scales), dtype=torch.long), axis, torch.qint8
-        )
-    ratio = (weight / qt.scales).double()
-    tie = (ratio - ratio.floor() - 0.5).abs() < 1e-4
-    assert torch.equal(qt.codes()[~tie], theirs.int_repr()[~tie])
-    assert tie.float().mean() < 0.01
+        axis, scales = {"row": 0, "column": 1}[layout["per"]], qt.scales.flatten()
+        zeros = torch.zeros(len(scales), dtype=torch.int32)
+        theirs = torch.fake_quantize_per_channel_affine(weight, scales, zeros, axis, -qmax, qmax)
+    assert agrees(qt, weight, theirs)
 
 
-def test_zero_point_agrees_with_torch():
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_point_agrees_with_torch(bits):
     weight = normal(32, 64) + 0.7
-    qt = zero_point(weight, bits=8, scale_dtype=torch.float32)
-    theirs = torch.quantize_per_channel(
-        weight, qt.scales.flatten().double(), qt.zero_points().flatten().long(), 0, torch.quint8
-    )
-    ratio = (weight / qt.scales).double()
-    tie = (ratio - ratio.floor() - 0.5).abs() < 1e-4
-    assert torch.equal(qt.codes()[~tie], theirs.int_repr()[~tie])
-    torch.testing.assert_close(qt.dequantize()[~tie], theirs.dequantize()[~tie], rtol=1e-6, atol=1e-7)
+    qt = zero_point(weight, bits=bits, scale_dtype=torch.float32)
+    zeros = qt.zero_points().flatten().int()
+    theirs = torch.fake_quantize_per_channel_affine(weight, qt.scales.flatten(), zeros, 0, 0, 2**bits - 1)
+    assert agrees(qt, weight, theirs)
 
 
 @pytest.mark.parametrize("bits", BITS)

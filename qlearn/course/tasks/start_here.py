@@ -28,7 +28,7 @@ TASKS = (
         cases=_cases,
         hints=(
             "First count the bits of all codes together; then ask how many bytes hold that many bits.",
-            "A byte that is partly used is still a byte on disk: divide by 8 and round up, for example with -(-n // 8).",
+            "A byte partly used is still a byte on disk: divide by 8, rounding up: -(-n // 8).",
         ),
         mutants=(
             Mutant(
