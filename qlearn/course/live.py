@@ -18,8 +18,8 @@ committed file, where it would be dead), the picture as PNG with alternative tex
 plain text, which tests compare. The summary on screen is written after the picture, so that whoever waits for the
 text can trust the picture.
 
-Every control works from the keyboard: Tab to reach it, arrow keys to move it. The summary is a live region that
-screen readers speak.
+Every control works from the keyboard: Tab to reach it, arrow keys to move it. Below the picture stand its alternative
+text, for screen readers, and the summary.
 """
 
 import html
@@ -68,11 +68,20 @@ class LiveView(ipywidgets.VBox):
         """Bring view and note up to date. An exception is kept in `error` and shown in the note; the old view stays."""
         try:
             self.summary, self.error = self.show(**self.values()) or "", None
-            self.note.value = note_html(self.summary)
+            self.say(self.summary)
         except Exception as error:
             error.add_note(f"{self.name} at {self.values()}")
             self.error = error
-            self.note.value = note_html(f"{type(error).__name__}: {error}")
+            self.say(f"{type(error).__name__}: {error}")
+
+    def say(self, text):
+        """Put a line into the note. The alternative text goes with it, unseen: ipywidgets' Image has no place for one."""
+        unseen = "position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%)"
+        shown = "font-family: monospace; white-space: pre-wrap"
+        self.note.value = (
+            f'<span class="qlive-alt" style="{unseen}">{html.escape(self.alt)}</span>'
+            f'<div class="qlive-note" role="status" style="{shown}">{html.escape(text)}</div>'
+        )
 
     def sweep(self):
         """Move every control over its whole range, one at a time, and return the summaries; for tests.
@@ -127,7 +136,7 @@ class LivePlot(LiveView):
         for artist in self._moving:
             artist.set_animated(True)
         self._background = None
-        self.image = ipywidgets.Image(format="png", tooltip=alt)
+        self.image = ipywidgets.Image(format="png")
         controls = {key: make_control(key, value) for key, value in controls.items()}
         super().__init__(name, alt, controls, [self.image])
 
@@ -188,9 +197,3 @@ def _encode(rgba):
     image = Image.frombuffer("RGBA", (width, height), rgba, "raw", "RGBA", 0, 1)
     image.convert("RGB").save(buffer, "png", compress_level=1)
     return buffer.getvalue()
-
-
-def note_html(text):
-    """The note under a live widget: a live region, so that screen readers speak what it says."""
-    style = "font-family: monospace; white-space: pre-wrap"
-    return f'<div class="qlive-note" role="status" style="{style}">{html.escape(text)}</div>'

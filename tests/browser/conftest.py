@@ -134,6 +134,7 @@ class Lab:
     def write(self, name, *sources):
         """Write a notebook of code cells into the root, and open it."""
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, self.root / name)
         return self.open(name)
 
@@ -154,6 +155,10 @@ class Lab:
     def output(self, number):
         """The output area of code cell `number`."""
         return self.notebook.locator(".jp-CodeCell").nth(number).locator(".jp-OutputArea")
+
+    def broken_widgets(self):
+        """Where JupyterLab shows an error in the place of a widget."""
+        return self.notebook.locator(".jupyter-widgets-error-widget, :text('Error displaying widget')")
 
     def drag(self, target, to, steps=10):
         """Drag the handle of a slider (its .noUi-target) to a place from 0 to 1 along its track."""

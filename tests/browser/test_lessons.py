@@ -15,13 +15,9 @@ LESSONS = sorted(path.name for path in (Path(__file__).resolve().parents[2] / "l
 def test_run_all_and_drag(lab, name):
     lab.open(f"lessons/{name}").run_all()
     assert lab.failures() == []
-    expect(lab.notebook.get_by_text("Error displaying widget")).to_have_count(0)
-    sliders = lab.notebook.locator(".jp-OutputArea").filter(has=lab.page.locator(".qlive-note")).locator(".noUi-target")
-    if sliders.count() == 0:
-        pytest.fail(f"{name} has no live widget with a slider")
-    output = lab.notebook.locator(".jp-OutputArea").filter(has=lab.page.locator(".qlive-note .noUi-target, .noUi-target")).filter(
-        has=lab.page.locator(".qlive-note")
-    ).first
+    expect(lab.broken_widgets()).to_have_count(0)
+    areas, has = lab.notebook.locator(".jp-OutputArea"), lab.page.locator
+    output = areas.filter(has=has(".qlive-note")).filter(has=has(".noUi-target")).first
     target, note = output.locator(".noUi-target").first, output.locator(".qlive-note")
     before, said = shown(output), note.inner_text()
     lab.drag(target, to=0.0 if position(target) > 0.5 else 1.0)

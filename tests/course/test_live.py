@@ -153,9 +153,9 @@ def test_a_view_must_say_what_it_shows():
         LiveView("Nothing", "nothing", {}, [])
 
 
-def test_the_note_is_a_live_region_and_the_picture_has_a_title(plot):
-    assert 'role="status"' in plot.note.value and 'class="qlive-note"' in plot.note.value
-    assert plot.image.tooltip == "A staircase."
+def test_the_note_is_a_status_and_the_alternative_text_goes_with_it(plot):
+    assert 'class="qlive-note" role="status"' in plot.note.value and ">A staircase.</span>" in plot.note.value
+    assert plot.image.tooltip is None  # ipywidgets 8.1.9: an Image with a tooltip is not shown at all
 
 
 def test_controls_are_labelled_with_their_name():

@@ -12,7 +12,7 @@ import textwrap
 import ipywidgets
 
 from qlearn.course import plots
-from qlearn.course.live import LiveView, note_html
+from qlearn.course.live import LiveView
 
 _COLUMNS, _LINES = 90, 18  # of the still picture
 
@@ -33,7 +33,7 @@ class TextBreaker(LiveView):
 
     def show(self, bits):
         if bits not in self._known:
-            self.note.value = note_html(f"writing with {bits} bits; this takes a few seconds …")
+            self.say(f"writing with {bits} bits; this takes a few seconds …")
             text, number = self._generate(bits)
             self._known[bits] = str(text), float(number)
         self._shown, number = self._known[bits]
