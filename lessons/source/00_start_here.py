@@ -6,7 +6,7 @@
 # %% [markdown]
 # # 00 · Start here
 #
-# **In 10 minutes** you will know that everything on your machine works, you will have quantized a language model and seen where its
+# **In 15 minutes** you will know that everything on your machine works, you will have quantized a language model and seen where its
 # text breaks, and you will know how lessons and exercises go. You need Python, and to know what a matrix product is.
 #
 # Run a cell with Shift-Enter, or all of them with *Run → Run All Cells*.
@@ -91,15 +91,16 @@ def at(bits):
     quantized, _ = qlearn.load_model()
     qlearn.quantize_model(quantized, "absmax", bits=bits, group_size=64, progress=False)
     text = prompt + qlearn.generate(quantized, tokenizer, prompt, max_new_tokens=60)
-    return text, qlearn.evaluate.perplexity(quantized, tokenizer, tokens=2048)
+    return text, qlearn.evaluate.perplexity(quantized, tokenizer, tokens=4096)
 
 
 course.widgets.text_breaker(at, bits=(2, 8))
 
 # %% [markdown]
-# **What you should have seen.** For most of the way nothing happens: other words here and there, the same kind of text. Then, within two
-# bits, it falls apart, and at 2 bits it is no longer Python. The number under the text says the same: the **perplexity**, among how
-# many equally likely tokens the model wavers at each step of a text that it has never seen. Fewer is better.
+# **What you should have seen.** Down to 5 bits, other words at most. At 4 it still writes Python, but repeats itself; at 3 its Python
+# falls apart; at 2 it is noise. The number under the text says the same: the **perplexity**. A model reads and writes **tokens**, pieces
+# of a word or so, and perplexity tells among how many equally likely ones it wavers at each step of a text that it has never seen.
+# Fewer is better.
 
 # %% [markdown]
 # ## Measured
@@ -117,22 +118,27 @@ for bits in (8, 4, 3, 2):
 qlearn.evaluate.table(rows)
 
 # %% [markdown]
-# Each row is one model. **KL divergence** says how far its probabilities are from those of the original, **flips** how often its first choice
-# for the next token is another one. The last columns are what it costs: true bits for each quantized weight, and the bytes of the whole
-# model.
+# Each row is one model. **KLD**, the Kullback-Leibler divergence, says how far its probabilities are from those of the original; **flips**, how
+# often its first choice for the next token is another one (**same top** is the rest). The last columns are the price: true bits for each
+# quantized weight, and the megabytes of the whole model.
+#
+# We say that a model still writes while its perplexity is less than one and a half times that of the original.
 
 # %%
 ppl = {row.name: row.perplexity for row in rows}
 assert ppl["absmax 8 bit"] < 1.01 * ppl["16 bit"], "eight bits are almost free"
 assert ppl["absmax 2 bit"] > 3 * ppl["16 bit"], "two bits, this way, are too few"
-course.reveal("fewest-bits", 3, unit="bits, with the simplest method there is")
+works = [bits for bits in (8, 4, 3, 2) if ppl[f"absmax {bits} bit"] < 1.5 * ppl["16 bit"]]
+course.reveal("fewest-bits", min(works), unit="bits, with the simplest method there is")
 
 # %% [markdown]
-# Two bits are too few *for this method*. Much of the course is about methods that get more out of the same bits, and each lesson puts
-# what it measured on one picture, **the board**: to the left is smaller, down is better.
+# Three bits are too few *for this method*. Much of the course is about methods that get more out of the same bits, and each lesson puts
+# what it measured on one picture, **the board**: to the left is smaller, down is better. **Loss** is the logarithm of perplexity, in
+# **nats**; the picture shows how much of it quantization adds. The line, the **Pareto front**, joins the points that no other beats in
+# both size and loss.
 
 # %%
-for row in rows:
+for row in rows[:1] + rows[2:4]:
     name = "unquantized" if row.name == "16 bit" else row.name
     course.board.add(name, row.bits_per_weight, math.log(row.perplexity))
 course.board.show()
@@ -163,16 +169,16 @@ course.check("start_here.packed_size", packed_size)
 #
 # | | lesson | minutes | |
 # |---|---|---|---|
-# | 00 | Start here | 10 | you are here |
-# | 01 | [Bits](01_bits.ipynb) | 35 | what a stored number is: fields, rounding, FP32 down to FP4 |
-# | 02 | [Absmax](02_absmax.ipynb) | 30 | one ruler for many weights; six decibels a bit; what scales cost |
-# | 03 | [Zero-point](03_zero_point.ipynb) | 35 | lopsided rulers, integer matrix products, where to clip |
+# | 00 | Start here | 15 | you are here |
+# | 01 | [Bits](01_bits.ipynb) | 60 | what a stored number is: fields, rounding, FP32 down to FP4 |
+# | 02 | [Absmax](02_absmax.ipynb) | 45 | one ruler for many weights; six decibels a bit; what scales cost |
+# | 03 | [Zero-point](03_zero_point.ipynb) | 55 | lopsided rulers, integer matrix products, where to clip |
 #
-# Each lesson asks you to predict, works a small case by hand, climbs from a Python loop to fast code, compares with an independent
+# More lessons follow. Each asks you to predict, works a small case by hand, climbs from a Python loop to fast code, compares with an independent
 # implementation, lets you drag what matters, and ends on the model. On the way you build one sentence: *a format is a grid of numbers, and
 # a method decides which weight goes where on it.*
 
 # %% [markdown]
 # ## What you can now do
 #
-# You can load the model, quantize it, hear it and measure it, in a line each. Next, the grid itself: [01 · Bits](01_bits.ipynb).
+# You can load the model, quantize it, let it write and measure it, in a line each. Next, the grid itself: [01 · Bits](01_bits.ipynb).

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 01 · Bits: what a float can say
 #
-# **In 35 minutes** you will know what every bit of a floating-point number is for, from 32 bits down to 4, how a number is rounded
+# **In 60 minutes** you will know what every bit of a floating-point number is for, from 32 bits down to 4, how a number is rounded
 # to one, what that does to long sums, and which of these formats our model survives. You need lesson 00.
 #
 # **The question.** Start at 0 and add 0.01, ten thousand times. After each addition the sum is stored in BF16, the 16-bit format in
@@ -58,11 +58,18 @@ assert bits_of(codes[1], FP8_E4M3FN) == "0 0101 010" and FP8_E4M3FN.decode(codes
 course.table(original=x, codes=codes, reconstructed=FP8_E4M3FN.decode(codes), decimals=4)
 
 # %% [markdown]
-# 6.5 is exact, 0.3 is rounded, and so is −0.3, whose code differs by 128, the sign bit. 100 lies halfway between 96 and 104. And 0.01
-# needs a rule of its own.
+# 6.5 is exact, 0.3 is rounded, and so is −0.3, whose code differs by 128, the sign bit. 100 lies halfway between 96 and 104; such a
+# **tie** goes to the even code, here that of 96. And 0.01 needs a rule of its own.
 #
 # With a hidden 1 in front, nothing could be zero. So exponent field 0 is special: there the hidden digit is 0, and the power is that of
-# exponent field 1. Such numbers are called **subnormal**.
+# exponent field 1. Such numbers are called **subnormal**. 0.01 is one: 5.12 eighths of 2⁻⁶, so its code is 5.
+
+# %% tags=["nbval-check-output"]
+print("0.01 in eighths of 2⁻⁶:", round(0.01 * 2**6 * 8, 2), "  code", codes[4])
+assert codes[4] == 5 and FP8_E4M3FN.decode(codes[3]) == 96
+
+# %% [markdown]
+# Below, *exponent* and *mantissa* are the fields, read as whole numbers, and m is the number of mantissa bits.
 #
 # | exponent field | value |
 # |---|---|
@@ -83,7 +90,7 @@ print(values)
 assert values == FP4_E2M1.decode(range(16)).tolist()
 
 # %% [markdown]
-# That is a whole format: **E2M1**, four bits, sixteen codes. One of the codes is subnormal, 0.5, and one is **−0.0**. It
+# That is a whole format: **E2M1**, four bits, sixteen codes. Two codes are subnormal, ±0.5, and one is **−0.0**. It
 # equals 0.0 and still has a sign, because the sign is a bit of its own.
 #
 # ## What the top codes mean
@@ -102,8 +109,8 @@ assert -0.0 == 0.0 and float("nan") != float("nan")
 # IEEE 754 reserves the highest exponent: with mantissa 0 it is **infinity**, the result of what is too large, else **NaN**, "not a
 # number", the result of 0/0, which does not even equal itself. FP32, FP16, BF16 and E5M2 follow it.
 #
-# In E4M3 that would be expensive: eight positive codes lost, and an end at 240. So its makers kept a single code for NaN and gave up
-# infinity, and the rest of the top **binade** (the numbers from one power of two to the next) holds numbers, up to 448. The full
+# In E4M3 that would be expensive: eight positive codes lost, and an end at 240. So its makers kept a single code for NaN (two, with
+# the sign), gave up infinity, and the rest of the top **binade** (the numbers from one power of two to the next) holds numbers, up to 448. The full
 # name E4M3FN says it: finite, with NaN. In 4 and 6 bits nothing at all is reserved.
 
 # %% tags=["nbval-check-output"]
@@ -115,7 +122,7 @@ print(f"kept for NaN: {np.isnan(FP8_E4M3FN.decode(FP8_E4M3FN.codes)).sum()} of 2
 # ## Drag it: every bit a button
 #
 # Click the bits. Three questions before you do: what does it do to a normal number to raise the exponent field by one? To flip the
-# lowest bit of the mantissa? And in BF16, how far away from 2.0 can a single bit take you?
+# lowest bit of the mantissa? And in BF16, how far away from 2.0 can a single bit take you? (For that one, choose bf16 and type 2.)
 
 # %%
 explorer = course.widgets.BitExplorer("fp8_e4m3fn", "0.3")
@@ -124,7 +131,8 @@ explorer
 # %% [markdown]
 # **What you should have seen.** One more in the exponent field doubles the number. The lowest bit of the mantissa moves it by one **ulp**,
 # the unit in the last place: the step to the neighbour, shown below the formula. And the exponent does the travelling: from 2.0 in
-# BF16, one of its bits takes you to 2⁶⁵ and another to 0, while no bit of the mantissa takes you further than to 3.
+# BF16, one of its bits takes you to 2⁶⁵ and another to 0, while no bit of the mantissa takes you further than to 3 (the sign bit only
+# mirrors it, to −2).
 
 # %% tags=["nbval-check-output"]
 code = FP8_E4M3FN.encode(0.3)
@@ -139,7 +147,8 @@ assert max(flipped[:7]) == 3 and max(flipped) == 2.0**65 and min(flipped) == 0
 # ## The number line
 #
 # Integers are spaced evenly. Floats are not: each binade holds the same number of values, whether it is between 2 and 4 or between
-# 1/2 and 1, so they crowd around zero. Here are the positive numbers of three formats, up to 8; INT4 is for comparison.
+# 1/2 and 1, so they crowd around zero. Here are the positive numbers of three formats, up to 8, powers of two with taller ticks. INT4, the whole
+# numbers up to 7, is for comparison.
 
 # %%
 course.widgets.number_line("fp4_e2m1", "fp6_e2m3", "fp8_e4m3fn", "int4", negative=False, limit=8)
@@ -153,7 +162,8 @@ print(f"{share:.0%} of E4M3's codes lie between -1 and 1, though it reaches to {
 # %% [markdown]
 # The price of that is the ulp: it doubles with every binade. Below, ulp against magnitude. All staircases have the same slope,
 # because the *relative* precision is the same everywhere, down to the subnormals, where the step stops shrinking. One more bit of
-# mantissa halves every step of the staircase; one more bit of exponent doubles the length of it.
+# mantissa halves every step of the staircase; one more bit of exponent doubles the length of it (BF16's goes on far beyond both ends of the
+# picture). INT8 with scale 1/127, whole numbers divided by 127, has the same step everywhere.
 
 # %%
 picture, axes = course.plots.figure(
@@ -448,6 +458,7 @@ ids = tokenizer('"""Count the words of a text."""', return_tensors="pt").input_i
 with torch.no_grad():
     residual = torch.stack(model(ids, output_hidden_states=True).hidden_states)
 largest = residual.abs().max().item()
+print("largest entry at each token:", *(f"{x:.0f}" for x in residual.abs().amax((0, 1, 3))))
 print(f"largest entry {largest:.0f}; its square {largest**2:,.0f}; largest number of FP16 {FP16.max:,.0f}")
 print("the square in FP16:", (residual.half() ** 2).max().item(), "  in BF16:", (residual.bfloat16() ** 2).max().item())
 assert largest < FP16.max < largest**2
@@ -476,7 +487,8 @@ assert flushed[FP8_E4M3FN][0] > 0.9 and flushed[FP8_E4M3FN][1] > 5 * flushed[FP8
 # bit of exponent, spans nearly twice as many, and pays with a mantissa bit.
 #
 # So the usual division of labour is E4M3 for weights and activations, whose hills are narrow, and E5M2 for gradients. It
-# is a compromise, not a law: with a scale for each small group of numbers, DeepSeek-V3 was trained in E4M3 throughout.
+# is a compromise, not a law: with a scale for each small group of numbers, DeepSeek-V3 used E4M3 for all of its FP8 matrix products, those
+# of the gradients too.
 
 # %% tags=["nbval-check-output"]
 for fmt in (FP8_E4M3FN, FP8_E5M2):
@@ -498,7 +510,7 @@ for name in ("fp8_e5m2", "fp8_e4m3fn", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1"):
 
 # %% [markdown]
 # A scale has to be stored as well. There is a format for nothing but that: **E8M0**, eight bits of exponent and no others. It has no
-# sign, no mantissa, not even a zero, only powers of two. Multiplying by one is exact: it moves the exponent and leaves the mantissa
+# sign, no mantissa, not even a zero, only powers of two. Multiplying by a power of two is exact: it moves the exponent and leaves the mantissa
 # alone. Later lessons give every 32 weights such a scale. Here, a 16-bit scale for each row of a matrix is enough.
 
 # %% tags=["nbval-check-output"]
@@ -557,7 +569,8 @@ qlearn.evaluate.table(rows.values())
 kld = {name: row.kl_divergence for name, row in rows.items()}
 assert kld["fp16"] < 1e-4 and kld["fp6_e2m3"] < kld["fp8_e5m2"] / 2
 for mantissa_bits in (10, 3, 2, 1):
-    print(f"{mantissa_bits:2} bits of mantissa:", *(name for name in kld if FORMATS[name].mantissa_bits == mantissa_bits))
+    found = (f"{name} {round(kld[name], 4):.1g}" for name in kld if FORMATS[name].mantissa_bits == mantissa_bits)
+    print(f"{mantissa_bits:2} bits of mantissa:", *found)
 three, two, one = ([kld[n] for n in kld if FORMATS[n].mantissa_bits == m] for m in (3, 2, 1))
 assert 2 * max(three) < min(two) and 3 * max(two) < min(one)
 assert all(row.perplexity < 1.2 * reference.perplexity for row in rows.values())
@@ -565,7 +578,7 @@ assert all(row.perplexity < 1.2 * reference.perplexity for row in rows.values())
 # %% [markdown]
 # None of them breaks the model. And the divergence sorts them **by bits of mantissa**, not by bits: E2M3 with six bits is well ahead of
 # E5M2 with eight. Within a row, most weights span few binades. Once a scale has put them in the right place, more exponent
-# bits buy little, while every mantissa bit halves the error, which takes the divergence to about a quarter.
+# bits buy little, while every mantissa bit halves the error, which takes the divergence to between a third and a sixth.
 #
 # And without the scale?
 
@@ -606,15 +619,14 @@ axes[0].set_ylabel("share of weights, %")
 picture
 
 # %% [markdown]
-# Decide first. Which one cuts off? Which one forgot something about small numbers? The third is nearly
-# right: what do its outermost bars say?
+# Decide first: which one cuts off, which forgot about small numbers, and what do the outermost bars of the third say?
 #
 # <details><summary>How to tell</summary>
 #
-# **C** has no error above 0: every magnitude came out smaller, by up to a whole ulp. It cuts off. **B** is right in the middle, but
-# small numbers became zero, hence the tail: the subnormals are missing. **A** has a full bar at +½ and hardly any at −½, where
-# the right encoder has two of half the height: its ties all go away from zero. Ties are not rare here: of our weights' 7 bits
-# of mantissa E4M3 drops 4, so about one in 16 is one.
+# **C** cuts off: no magnitude came out larger. **B** has a lower middle and a thin tail: every subnormal became 0, most of them
+# further left than the picture goes, as far as −8. **A** has a full bar at +½ and hardly any at −½, where
+# the right encoder has two of half the height: its ties all go away from zero. Ties are not rare here: our weights have 7 bits of
+# mantissa, E4M3 keeps 3, and one of the 16 patterns of the 4 dropped bits is a tie.
 #
 # </details>
 

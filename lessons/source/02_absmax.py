@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 02 · Absmax: one ruler for many weights
 #
-# **In 30 minutes** you will know how weights become small integers, why every further bit is worth six decibels, how
+# **In 45 minutes** you will know how weights become small integers, why every further bit is worth six decibels, how
 # one weight in a thousand spoils all the others, and what a scale costs. You need lesson 01.
 #
 # **The question.** The first attention matrix of our model holds 65,536 weights. Lay one ruler over all of them,
@@ -56,8 +56,8 @@ axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 picture
 
 # %% [markdown]
-# No weight had to move further than half a step. That is no luck. Between two rulings the point furthest from both lies
-# in the middle, and beyond the last ruling there is nothing, because the last ruling *is* the largest weight. So for
+# No weight had to move further than half a step. That is no luck. Between two rulings, the lines of the grid, the point furthest
+# from both lies in the middle, and beyond the last ruling there is nothing, because the last ruling *is* the largest weight. So for
 # every absmax quantizer
 #
 # $$|\text{error}| \le \tfrac{1}{2}\,\text{scale}.$$
@@ -169,9 +169,9 @@ for bits in (8, 4, 2):
 #
 # $$\text{noise} = \frac{1}{s}\int_{-s/2}^{s/2} e^2\,de = \frac{s^2}{12}.$$
 #
-# One more bit halves the step, so the noise falls to a quarter. A mean square is called a **power**, and ratios of power
-# are told in **decibels**, 10 log₁₀ of the ratio: a factor of four is 6.02 dB. The power of the weights over that of
-# the noise is the **SQNR**, the signal-to-quantization-noise ratio.
+# One more bit halves the step, so the noise falls to a quarter. A mean square is called a **power** (its root, the
+# **rms**, is the usual size of something centred on zero), and ratios of power are told in **decibels**, 10 log₁₀ of
+# the ratio. Power of the weights over power of the noise is the **SQNR**, the signal-to-quantization-noise ratio.
 
 # %% tags=["nbval-check-output"]
 def decibels(ratio):
@@ -213,8 +213,9 @@ for bits in range(3, 9):
     assert bits < 5 or abs(decibels(ratio**2) - (measured[bits] - measured[bits - 1])) < 0.1
 
 # %% [markdown]
-# **The error is no longer spread evenly.** When half a step is larger than most weights, those all fall into the cell
-# around zero, and the error of such a weight is the weight itself. It cannot get worse than that: 0 is on the grid, so
+# **The error is no longer spread evenly.** When nearly all weights fall into the cell around zero, 90 % of them at 3
+# bits, the error of such a weight is the weight itself, and small errors are the likeliest. At 4 bits that cell holds
+# half of them, and the errors from all other cells still fill the interval. Nor can it get worse: 0 is on the grid, so
 # no weight moves further than to 0, and the SQNR never falls below 0 dB. The formula does not know that.
 
 # %%
@@ -234,7 +235,7 @@ picture
 #
 # The same matrix, every bit width, and a menu for who shares a scale. Before you drag: from 8 bits to 7, by which
 # factor does the error grow? Why can it hardly grow from 3 bits to 2? And with a scale for each row, does the curve on
-# the right get steeper, or does it move?
+# the right get steeper, or does it move? (The grey curves are the other choices in the menu.)
 
 # %%
 course.widgets.absmax_explorer(weight, bits=(2, 8), group_size=[None, 128, 64, 32])
@@ -242,7 +243,7 @@ course.widgets.absmax_explorer(weight, bits=(2, 8), group_size=[None, 128, 64, 3
 # %% [markdown]
 # **What you should have seen.** By a factor of two, 2.03 to be exact. With one scale for everyone the error at 3 bits
 # is 79 % of the weights already, and 100 % is the end. A scale for each row moves the curve down, and from 4 bits up its
-# slope stays the same: at 4 bits from 39 % to 12 %, more than one and a half bits would do. The price is written below
+# slope stays the same: at 4 bits from 39 % to 12 %, which would else take a bit and a half. The price is written below
 # the picture: 4.062 bits per weight instead of 4.000.
 
 # %% tags=["nbval-check-output"]
@@ -259,18 +260,18 @@ assert 1.5 < np.log2(relative(4, per="tensor") / relative(4)) < 1.7
 #
 # Here are 64 ordinary weights in a row that share a scale. The first slider makes one of them larger. Before you drag:
 # when it grows from 3 to 30 times the usual size, at 6 bits, what happens to the error of the 63 others? Then the same
-# at 4 bits.
+# at 4 bits. Then tick *groups of 16*.
 
 # %%
 course.widgets.outlier_explorer(bits=(2, 8))
 
 # %% [markdown]
-# **What you should have seen.** At first nothing, as another weight is the largest. Then the step grows with the
-# outlier, and everyone's error grows with the step: ten times the outlier, ten times the error, at 6 bits from 2.9 % to
-# 31 %. That is log₂ 10, more than three bits, thrown away. At 4 bits there are not three to throw away: 62 of the 63
+# **What you should have seen.** Up to about 2.5, nothing, as another weight is the largest. From there the step grows
+# with the outlier, and everyone's error grows with the step: ten times the outlier, ten times the error, at 6 bits from
+# 2.9 % to 30.5 %. That is log₂ 10, more than three bits, thrown away. At 4 bits that leaves less than one: 62 of the 63
 # others end as 0.
 #
-# Groups of 16 build a wall. Only the 15 weights beside the outlier pay; the other 48 keep the step they had, and the
+# Groups of 16 build a wall. Only the 15 weights beside the outlier pay; the other 48 have finer steps of their own, and the
 # error of all 63 falls from 97 % to 45 %. Here is a second explorer, moved by the program.
 
 # %% tags=["nbval-check-output"]
@@ -291,8 +292,8 @@ print(f"larger than half of it: {(sizes > sizes[0] / 2).sum()} of {len(sizes):,}
 assert (sizes > sizes[0] / 2).float().mean() < 0.001
 
 # %% [markdown]
-# Half of the ruler's length serves fewer than one weight in a thousand. (The **rms** is the root of the mean square,
-# the usual size of something that is centred on zero.) So this is how far off the 4-bit weights of the question are:
+# Half of the ruler's length serves fewer than one weight in a thousand. So this is how far off the 4-bit weights of the
+# question are:
 
 # %% tags=["nbval-check-output"]
 def mean_error(**share):
@@ -353,7 +354,7 @@ assert 3 < rows - groups < 3.6
 
 # %% [markdown]
 # The bit was better spent on codes. Rows and groups of 64 lie on almost one curve: what the scales cost, they give back.
-# In groups of 16 a whole bit goes into scales, and does not.
+# In groups of 16 a whole bit goes into scales, and the scales do not give it back.
 #
 # To see small differences, subtract what the bits are worth by the rule, 6.02 dB for each true one. What remains says
 # how well they were spent; higher is better. Beside our matrix stands one with a larger outlier.
@@ -442,7 +443,8 @@ for name in ("rows", "groups of 64"):
     assert 3 < kld[name, 5] / kld[name, 6] < 6 and 3 < kld[name, 4] / kld[name, 5] < 6
     assert results[name, 8].flip_rate < 0.03 and results[name, 2].flip_rate > 0.9
 assert 1.6 < kld["rows", 3] / kld["groups of 64", 3] < 2.4 and 1.25 < kld["rows", 4] / kld["groups of 64", 4] < 1.75
-print("every statement above holds in this run")
+print("divergence at 5 bits over that at 6:", *(f"{kld[n, 5] / kld[n, 6]:.0f}" for n in ("rows", "groups of 64")))
+print("divergence at 4 bits over that at 5:", *(f"{kld[n, 4] / kld[n, 5]:.0f}" for n in ("rows", "groups of 64")))
 
 # %% [markdown]
 # And does five bits by rows beat four bits in groups of 16 here as well?
@@ -455,8 +457,8 @@ assert finest.kl_divergence > 1.3 * kld["rows", 5]
 qlearn.evaluate.table([results["rows", 5], finest])
 
 # %% [markdown]
-# What it writes, at 8, 4 and 2 bits in groups of 64. Read it next to the column of flips: greedy text changes at the
-# first flip, and from there on it is another text, not necessarily a worse one.
+# What it writes, at 8, 4 and 2 bits in groups of 64. Read it next to the column of flips: it always takes the first
+# choice (**greedy** decoding), so the text changes at the first flip, and from there on it is another text, not necessarily a worse one.
 
 # %%
 prompt = '''def load_config(path):
@@ -469,8 +471,8 @@ for bits in (8, 4, 2):
 # ## The board
 #
 # True bits per weight against loss, for this lesson and all that follow. A point on the **Pareto front** is one that no
-# other beats in both. Later methods have to beat these two curves. We leave out 8 bits, which cost nothing that can be
-# seen, and 2 bits, which would make everything else look flat.
+# other beats in both. Later methods have to beat these points. We leave out 8 bits, which cost nothing that can be
+# seen, and 2 bits, at which there is no model left.
 
 # %%
 course.board.add("unquantized", 16, np.log(unquantized.perplexity))
@@ -482,9 +484,9 @@ course.board.show()
 # %% [markdown]
 # ## Find the bug
 #
-# Three people wrote absmax for 8 bits and one scale a row. Every version runs, and prints weights that look right. One
-# is right. You see the errors in steps, and only those; the axis is linear between −1 and 1 and logarithmic outside,
-# and counts are logarithmic. What did B do? And C?
+# Three versions of absmax for 8 bits, with one scale a row. Each runs, and gives weights that look right. One is. You
+# see the errors in steps, and only those; the axis is linear between −1 and 1 and logarithmic outside, and counts are
+# logarithmic. Which one is right, and what did the others do?
 
 # %%
 task = course.tasks.get("absmax.quantize")
@@ -507,10 +509,15 @@ axes[0].set(ylabel="weights", ylim=(5, 10_000))
 picture
 
 # %% [markdown]
+# <details><summary>How to tell</summary>
+#
 # A is healthy: flat, from −½ to ½, and nothing outside. B is as flat, but its middle is at −½, and it reaches −1: it
 # rounds down. C looks healthy too, until you see the few weights far out on the left. They are off by 256 steps:
-# positive ones became the most negative code, so they must have got a code that 8 bits do not have. Here is what
-# `course.check` would have told B and C.
+# positive ones became the most negative code, so they must have got a code that 8 bits do not have.
+#
+# </details>
+#
+# Decided? Here is what `course.check` says to the two others.
 
 # %% tags=["nbval-check-output"]
 for name, mutant in (("B", task.mutants[5]), ("C", task.mutants[0])):

@@ -95,6 +95,7 @@ def _draw(axes, own, faint, front, zero):
     bits = {name: b for name, (b, _) in (faint | own).items()}
     height = {name: loss - (zero or 0) for name, (_, loss) in (faint | own).items()}
     axes.set(xlabel="true bits per weight", ylabel="loss (nats per token)")
+    axes.set_xlim(math.floor(min(bits.values(), default=2)) - 0.2, math.ceil(max(bits.values(), default=8)) + 0.4)
     if zero is not None:
         _scale_for_added_loss(axes, zero, height.values())
     axes.plot([bits[n] for n in front], [height[n] for n in front], color=plots.PALETTE["sky"], label="Pareto front")
@@ -105,7 +106,7 @@ def _draw(axes, own, faint, front, zero):
         axes.annotate(
             number, spot, color="white", fontsize=9, fontweight="bold", ha="center", va="center_baseline", zorder=4
         )
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
 
 
 def _scale_for_added_loss(axes, zero, heights):
@@ -119,7 +120,7 @@ def _scale_for_added_loss(axes, zero, heights):
 def _list(axes, own, front):
     """The learner's points by number, those on the front in black and the others in grey."""
     axes.set_axis_off()
-    axes.text(0, 1, "your points (grey: not on the front)", fontsize=10, va="top", transform=axes.transAxes)
+    axes.text(0, 1, "your points (names in grey: not on the front)", fontsize=10, va="top", transform=axes.transAxes)
     for number, name in enumerate(own, start=1):
         color = plots.COLORS["marker" if name in front else "faint"]
         text = f"{number:2d}  {name}"

@@ -75,9 +75,9 @@ class LiveView(ipywidgets.VBox):
             self.say(f"{type(error).__name__}: {error}")
 
     def say(self, text):
-        """Put a line into the note. The alternative text goes with it, unseen: ipywidgets' Image has no place for one."""
+        """Put a line into the note, and the alternative text unseen beside it: an Image has no place for one."""
         unseen = "position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%)"
-        shown = "font-family: monospace; white-space: pre-wrap"
+        shown = "font-family: monospace; white-space: pre-wrap; line-height: 1.5"
         self.note.value = (
             f'<span class="qlive-alt" style="{unseen}">{html.escape(self.alt)}</span>'
             f'<div class="qlive-note" role="status" style="{shown}">{html.escape(text)}</div>'
@@ -169,6 +169,8 @@ def make_control(name, value):
         raise ValueError(f"cannot make a control from {name}={value!r}; pass a widget, (low, high), a list, or a bool")
     control.description = control.description or name.replace("_", " ")
     control.style.description_width = "initial"
+    if hasattr(control, "readout"):  # a slider: leave it a track that can be dragged beside a long label
+        control.layout.width = "30em"
     return control
 
 

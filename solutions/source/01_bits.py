@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Exercise 01 · Bits
+# # 01 · Bits: the exercise
 #
-# **About 35 minutes.** You take floating-point numbers apart, put them together, round to them in two ways, and at the end repeat
+# **About 50 minutes.** You take floating-point numbers apart, put them together, round to them in two ways, and at the end repeat
 # the long sum of [lesson 01](../lessons/01_bits.ipynb) with nothing but your own functions.
 #
 # Write your code where it says so and run the cell below it: `course.check` tries your function on cases that were chosen to find mistakes.

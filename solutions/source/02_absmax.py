@@ -113,7 +113,7 @@ ax.legend()
 picture
 
 # %% [markdown] qlearn={"card": "absmax.sqnr"}
-# The power of the weights over the power of what was lost, in decibels. Power is a sum of squares. Do not guard against
+# The power of the weights over the power of what was lost, in decibels. Power is a mean of squares; in a ratio, sums will do. Do not guard against
 # a noise of zero: where nothing was lost the answer is infinite, and torch divides that way.
 
 

@@ -178,7 +178,8 @@ for bits in (8, 6, 4, 3, 2):
 # %% [markdown]
 # ## All four together
 #
-# A layer of the bundled model, its weights at 8 bits with a grid for each row, and inputs as they leave a SiLU, which are lopsided. The
+# A layer of the bundled model, its weights at 8 bits with a grid for each row, and made-up inputs that are lopsided, as they leave a SiLU.
+# (In the model another projection multiplies them before they get here; such inputs stand for a network with a plain ReLU or GELU.) The
 # product below multiplies integers only. The scales come in once, at the end.
 
 # %% qlearn={"show": true}

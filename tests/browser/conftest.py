@@ -1,10 +1,11 @@
 """JupyterLab and a headless Chromium, once for all tests here; a page of its own for each module.
 
-The system's Chromium is used, found on the PATH or named by the environment variable CHROMIUM; nothing is downloaded. Everything that
-JupyterLab would read from or write to the user's home lies in a temporary folder, the learner's data too.
+The system's Chromium is used, found on the PATH or named by the environment variable CHROMIUM; nothing is downloaded.
+Everything that JupyterLab would read from or write to the user's home lies in a temporary folder, the learner's data
+too.
 
-A page is driven through `window.jupyterapp`, JupyterLab's own application object, where that is possible: commands that return a
-promise say when they are done, menus do not. The mouse and the keyboard are real.
+A page is driven through `window.jupyterapp`, JupyterLab's own application object, where that is possible: commands that
+return a promise say when they are done, menus do not. The mouse and the keyboard are real.
 """
 
 import json
@@ -30,8 +31,8 @@ ARGUMENTS = (
     "--disable-component-update --disable-sync --disable-dev-shm-usage"
 )
 SERVER = (
-    "--allow-root --no-browser --ip=127.0.0.1 --ServerApp.port_retries=0 --IdentityProvider.token= --ServerApp.password= "
-    "--ServerApp.disable_check_xsrf=True --LabApp.expose_app_in_browser=True"
+    "--allow-root --no-browser --ip=127.0.0.1 --ServerApp.port_retries=0 --IdentityProvider.token= "
+    "--ServerApp.password= --ServerApp.disable_check_xsrf=True --LabApp.expose_app_in_browser=True"
 )
 # Cells that are off screen stay in the page, so that the tests can find what is in them.
 SETTINGS = {"@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"}}

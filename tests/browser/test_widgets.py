@@ -75,7 +75,7 @@ def test_the_arrow_keys_move_a_slider(lab):
 
 
 def test_the_time_of_a_drag_step_is_reported(lab, record_property, capsys):
-    """From the mouse's move to the new picture on the page. 150 ms is the goal; the limit here only catches a change of kind."""
+    """From the mouse's move to the new picture. The goal is 150 ms; the limit only catches a change of kind."""
     output = lab.output(0)
     target, note = output.locator(".noUi-target"), output.locator(".qlive-note")
     lab.drag(target, to=0.0)
@@ -162,7 +162,8 @@ def pixels(image):
     return image.evaluate(
         """async image => {
             await image.decode();
-            const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height: image.naturalHeight});
+            const canvas = document.createElement('canvas');
+            canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
             canvas.getContext('2d').drawImage(image, 0, 0);
             return canvas.toDataURL();
         }"""

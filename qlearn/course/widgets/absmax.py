@@ -85,7 +85,7 @@ class AbsmaxExplorer(LivePlot):
 def absmax_explorer(weights, bits=(2, 8), group_size=None):
     """Drag the bits, choose who shares a scale, and see grid, errors, and true bits per weight.
 
-    weights: a matrix (or a vector); 65,536 entries take a quarter of a second to measure at all settings.
+    weights: a matrix (or a vector); 65,536 entries take half a second to measure at all settings.
     bits: (low, high) within 2 to 8.  group_size: those to choose from beside the whole tensor, None standing for the
     row.
     Raises ValueError for weights that cannot be quantized, bits out of range, or groups that do not divide the columns.

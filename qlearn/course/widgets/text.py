@@ -12,7 +12,7 @@ import textwrap
 import ipywidgets
 
 from qlearn.course import plots
-from qlearn.course.live import LiveView
+from qlearn.course.live import LiveView, make_control
 
 _COLUMNS, _LINES = 90, 18  # of the still picture
 
@@ -23,10 +23,8 @@ class TextBreaker(LiveView):
     def __init__(self, generate, bits, measure):
         self._generate, self._measure, self._known = generate, measure, {}
         low, high = bits
-        slider = ipywidgets.SelectionSlider(
-            options=list(range(high, low - 1, -1)), description="bits for each weight", continuous_update=False
-        )
-        slider.style.description_width = "initial"
+        slider = ipywidgets.SelectionSlider(options=range(high, low - 1, -1), continuous_update=False)
+        slider = make_control("bits for each weight", slider)
         self.text = ipywidgets.HTML()
         alt = f"What the model writes at a number of bits from {high} to {low}, and its {measure}."
         super().__init__("TextBreaker", alt, {"bits": slider}, [self.text])
