@@ -153,7 +153,7 @@ course.board.show()
 
 # %%
 def packed_size(count, bits):
-    """How many bytes do `count` codes of `bits` bits each fill, when they are packed without gaps?"""
+    """How many bytes do `count` codes of `bits` bits (1 to 8) fill, when they are packed without gaps?"""
     return count * bits
 
 

@@ -33,7 +33,7 @@ class Difference:
         return f"{self.where}: {self.sentence}" if self.where else self.sentence
 
 
-def difference(expected, got, tolerance=0.0, any_array=False, where=""):
+def difference(expected, got, tolerance=0.0, any_array=False, same_dtype=False, where=""):
     """The first difference between two values, or None.
 
     expected, got: numbers, strings, None, arrays, tensors, quantized tensors, or tuples, lists, dicts and dataclasses
@@ -43,7 +43,7 @@ def difference(expected, got, tolerance=0.0, any_array=False, where=""):
     >>> print(difference(np.array([1, 2, 3]), np.array([1, 2, 4])))
     at [2]: expected 3, got 4 (1 of 3 values differs)
     """
-    options = tolerance, any_array
+    options = tolerance, any_array, same_dtype
     if is_quantized(expected) and is_quantized(got):
         return _parts(quantized_parts(expected), quantized_parts(got), options, where)
     if is_number(expected) or is_array(expected):
@@ -124,7 +124,7 @@ def _sequences(expected, got, options, where):
 
 def _arrays(expected, got, options, where):
     """Numbers and arrays: the container, the shape, the kind, and then the values."""
-    tolerance, any_array = options
+    tolerance, any_array, same_dtype = options
     wrong = _container(expected, got, any_array)
     if wrong:
         return Difference(where, wrong)
@@ -137,6 +137,8 @@ def _arrays(expected, got, options, where):
         return Difference(
             where, f"expected {KINDS.get(kinds[0], kinds[0])}, got {KINDS.get(kinds[1], kinds[1])} ({describe(got)})"
         )
+    if same_dtype and left.ndim and left.dtype != right.dtype:
+        return Difference(where, f"expected {show.dtype_name(expected)}, got {show.dtype_name(got)}")
     return _values(left, right, tolerance, where)
 
 

@@ -180,7 +180,7 @@ def _disagreement(task, expected, got):
         return None if got.error else Difference("", f"{wanted}, got {show.text(got.value)}")
     if got.changed:
         return Difference("", f"the answer changed its input `{got.changed}`: work on a copy")
-    return difference(expected.value, got.value, task.tolerance, task.any_array)
+    return difference(expected.value, got.value, task.tolerance, task.any_array, task.same_dtype)
 
 
 def _diagnose(task, total, got, failed):
@@ -204,6 +204,6 @@ def _diagnose(task, total, got, failed):
                 break
         else:
             certain = matched == len(failed) and all(map(agrees, passed))
-            if (certain, matched) > (best[2], best[1]):
+            if (certain or matched > 1) and (certain, matched) > (best[2], best[1]):
                 best = mutant, matched, certain
     return best

@@ -52,7 +52,7 @@ course.check("bits.fields", fields)
 def decode(sign, exponent, mantissa, fmt):
     """The number that three fields stand for.
 
-    sign, exponent, mantissa: as `fields` returns them, ints or int64 arrays of one shape.
+    sign, exponent, mantissa: as `fields` returns them, ints or int64 arrays of one shape.  fmt: any format but E8M0.
     Returns the value, a float, or an array of that shape. Sign 1 makes -0.0 of zero.
 
     decode(0, 9, 5, FP8_E4M3FN) is 6.5; decode(0, 0, 1, FP8_E4M3FN), the smallest subnormal number, is 2.0**-9.
@@ -84,7 +84,8 @@ course.widgets.BitExplorer(
 # The way back. Codes of positive numbers, read as integers, are in the order of the numbers: a code counts steps from zero. So find
 # the step at this number, round to a whole number of steps, and add the steps in all binades below.
 #
-# Round to the nearest, ties to even, as `np.round` does. What is too large **saturates**: it becomes the largest number. NaN will not come.
+# Round to the nearest, ties to even, as `np.round` does. What is too large, infinity included, **saturates**: it becomes the largest number. NaN
+# will not come.
 
 # %% qlearn={"answer": "bits.encode"}
 def encode(x, fmt):

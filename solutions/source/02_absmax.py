@@ -77,7 +77,7 @@ def grouped(weight, bits, group_size):
     """Absmax with a scale for each group.
 
     weight: float32 (rows, columns).  bits: 2 to 8.  group_size: a divisor of the columns.
-    Returns (codes, scales): int8 (rows, columns), and float32 (rows, columns / group_size).
+    Returns (codes, scales): int8 tensor (rows, columns), and float32 tensor (rows, columns / group_size).
     A group of zeros gets scale 1.
 
     grouped(torch.tensor([[3.0, 1.0, -0.3, 0.2]]), bits=3, group_size=2)  is  ([[3, 1, -3, 2]], [[1.0, 0.1]])
@@ -193,7 +193,7 @@ for size in (768, 256, 128, 64, 32, 16, 8):
 def pack4(codes):
     """Pack signed 4-bit codes.
 
-    codes: int8 (n,), each -8 to 7.  Returns uint8 (ceil(n / 2),).
+    codes: int8 (n,), each -8 to 7.  Returns a uint8 tensor (ceil(n / 2),).
 
     pack4(torch.tensor([1, 2, -1], dtype=torch.int8))  is  [0x21, 0x0f]
     """

@@ -21,7 +21,8 @@ x = torch.tensor([-0.37, 0.0, 0.22, 0.58, 0.79, 1.03])  # the six numbers of the
 
 # %% [markdown] qlearn={"card": "zero_point.parameters"}
 # A grid for the numbers in `x`: `2**bits` rulings, evenly spaced, and one of them exactly on 0. It reaches from the smallest number to
-# the largest one, and it is widened to reach 0 where it does not.
+# the largest one, and it is widened to reach 0 where it does not. Where −low / scale is no whole number, round it: the whole grid moves
+# by a part of a step.
 
 
 # %% qlearn={"answer": "zero_point.parameters"}
@@ -30,7 +31,7 @@ def parameters(x, bits):
 
     x: float32 tensor of any shape.  bits: 2 to 8.
     Returns (scale, zero): the distance between two rulings, a Python float, and the code of the number 0, a Python int.
-    A tensor of zeros gets scale 1.0.
+    A tensor of zeros gets scale 1.0 and zero 0.
 
     parameters(torch.tensor([0.0, 0.5, 1.0, 1.5]), bits=2) == (0.5, 0)
     """
@@ -138,7 +139,8 @@ course.table(expected=expected, difference=got - expected)
 
 # %% [markdown] qlearn={"card": "zero_point.best_clip"}
 # A grid need not reach the largest number. Shrink the interval, and those outside are clipped, while all others get a
-# finer ruler. Find the fraction of the interval, among 1.00, 0.99 … 0.01, that makes the sum of squared errors least.
+# finer ruler. Find the fraction of the interval, among 1.00, 0.99 … 0.01, that makes the sum of squared errors least, over all
+# numbers and against x itself.
 #
 # When an interval shrinks by a factor, its scale shrinks by the same one, and its zero stays what it was.
 

@@ -56,7 +56,8 @@ class Task:
     reference that is a value has none). hints: two sentences, the second more direct.  mutants: five at least.
     tolerance: how far a float may be from the reference's, as a fraction of it, plus the rounding of the array's
     largest value to float32; 0 asks for the same bits, signed zeros included.  any_array: accept NumPy for torch, and
-    torch for NumPy. Raises ValueError when a field does not fit this description.
+    torch for NumPy.  same_dtype: an array has to have the reference's dtype.
+    Raises ValueError when a field does not fit this description.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Task:
     cases: Callable[[], list[Case]] | None = None
     tolerance: float = 1e-6
     any_array: bool = False
+    same_dtype: bool = False
 
     def __post_init__(self):
         for wrong, remedy in (

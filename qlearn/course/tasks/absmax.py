@@ -93,6 +93,8 @@ def _grouped_cases():
         Case("a group of zeros", (zeros, 4, 4)),
         Case("groups of one", (_random(2, 3, seed=6), 2, 1)),
         Case("8 bits", (_random(4, 32, seed=7), 8, 8)),
+        Case("ties", (torch.tensor([[7.0, 0.5, 1.5, 2.5, -7.0, -0.5, -1.5, -2.5]]), 4, 4)),
+        Case("tiny weights", (_random(2, 8, seed=8, spread=1e-9), 4, 4)),
     ]
 
 
@@ -328,6 +330,17 @@ QUANTIZE_MUTANTS = (
         "This is what you get when the scale is kept above a small constant: tiny weights then lose their codes. "
         "Only a scale of exactly 0 needs to be replaced, and by 1.",
     ),
+    Mutant(
+        "ties upward",
+        lambda w, bits: _absmax(w, bits, rounding=lambda x: (x + 0.5).floor()),
+        "This is what you get with floor(x + 0.5): only ties are wrong, all of them go up. torch.round sends them to "
+        "the even neighbour.",
+    ),
+    Mutant(
+        "scale in a list of one",
+        lambda w, bits: _absmax(w, bits, largest=lambda w: w.abs().flatten().amax(0, keepdim=True)),
+        "The scale has the shape (1,): return a single number, as weights.abs().max() gives it.",
+    ),
 )
 
 GROUPED_MUTANTS = (
@@ -382,8 +395,20 @@ GROUPED_MUTANTS = (
     Mutant(
         "a group of zeros gives NaN",
         _zeros_give_nan,
-        "A group of zeros has scale 0, and 0 / 0 is not a number: use scale 1 for that group, and leave the others "
-        "alone.",
+        "A group of zeros needs scale exactly 1: with 0 it gives 0 / 0, and a small constant is no better. Leave the "
+        "other groups alone.",
+    ),
+    Mutant(
+        "ties upward",
+        lambda w, bits, g: _grouped(w, bits, g, rounding=lambda x: (x + 0.5).floor()),
+        "This is what you get with floor(x + 0.5): only ties are wrong, all of them go up. torch.round sends them to "
+        "the even neighbour.",
+    ),
+    Mutant(
+        "scale kept away from zero",
+        lambda w, bits, g: _grouped(w, bits, g, largest=lambda x: x.abs().amax(-1).clamp(min=1e-5)),
+        "This is what you get when scales are kept above a small constant: tiny weights then lose their codes. Only a "
+        "scale of exactly 0 needs to be replaced, and by 1.",
     ),
 )
 
@@ -478,7 +503,7 @@ BITS_MUTANTS = (
     Mutant(
         "last byte lost",
         lambda r, c, b, g=None: _stored(r, c, b, g, code_bytes=r * c * b // 8),
-        "This rounds the bytes of the codes down: the last, partly filled byte is stored as well.",
+        "The bytes of the codes have to be rounded up: the last, partly filled byte is stored as well.",
     ),
     Mutant(
         "each row padded",
@@ -496,6 +521,11 @@ BITS_MUTANTS = (
         "bytes for bits",
         lambda r, c, b, g=None: _stored(r, c, b, g) / 8,
         "These are bytes per weight: multiply by 8.",
+    ),
+    Mutant(
+        "a whole number",
+        lambda r, c, b, g=None: int(_stored(r, c, b, g)),
+        "This is cut to a whole number: the fraction is what the scales cost. Divide with /, not //.",
     ),
 )
 
@@ -641,5 +671,6 @@ TASKS = (
             "nibbles[1::2] << 4.",
         ),
         mutants=PACK_MUTANTS,
+        same_dtype=True,
     ),
 )

@@ -106,6 +106,8 @@ def _encode_cases():
         Case("too large: saturates", (np.concatenate([beyond, -beyond]) * 448, FP8_E4M3FN)),
         Case("too large for FP8 E5M2, which has infinity", (np.concatenate([beyond, -beyond]) * 57344, FP8_E5M2)),
         Case("too large for FP4 E2M1", (np.array([6.0, 7.0, 7.5, 100.0, -8.0]), FP4_E2M1)),
+        Case("a hair above a tie", (np.array([1, -1]) * (1 + 2.0**-4 + 2.0**-40), FP8_E4M3FN)),
+        Case("FP16, whose codes have 16 bits", (np.array([0.3, -0.3, 1e6, -1e-6]), FP16)),
         Case("weights, in FP6 E3M2", (random.normal(0, 0.5, (4, 5)), FP6_E3M2)),
         Case("weights in float32, in FP8 E5M2", (random.normal(0, 0.05, 64).astype(np.float32), FP8_E5M2)),
     ]
@@ -137,6 +139,7 @@ def _stochastic_cases():
     random = np.random.default_rng(5)
     return [
         Case("a quarter of a step above 1.0", (np.full(4, 1.03125), FP8_E4M3FN, np.array([0.1, 0.24, 0.26, 0.9]))),
+        Case("negative numbers that go to zero", (np.array([-0.1, -0.2]), FP4_E2M1, np.array([0.9, 0.5]))),
         Case("numbers the format has stay, whatever u", (np.array([1.0, 0.5, -6.0, 0.0]), FP4_E2M1, np.zeros(4))),
         Case("u equal to the fraction", (np.array([1.25, 2.5]), FP4_E2M1, np.array([0.5, 0.5]))),
         Case("negative numbers", (np.array([-1.1, -2.2, -3.3, -0.1]), FP4_E2M1, np.array([0.1, 0.1, 0.4, 0.1]))),
@@ -258,7 +261,7 @@ DECODE_MUTANTS = (
     Mutant(
         "minus zero lost",
         lambda sign, exponent, mantissa, fmt: _decode(sign, exponent, mantissa, fmt) + 0.0,
-        "Only minus zero is wrong: a subtraction from 0 gives +0. Multiply by (-1.0)**sign instead.",
+        "Only minus zero is wrong: 0 - 0 is +0, and so is a 0.0 put in its place. Multiply by (-1.0)**sign instead.",
     ),
 )
 
@@ -318,7 +321,7 @@ ENCODE_MUTANTS = (
     Mutant(
         "ties to the first",
         _first_nearest,
-        "Only ties are wrong: argmin over a table takes the first of two equally near values, not the even one.",
+        "Only ties are wrong: all go toward zero, as with argmin over a table: it takes the first of two.",
     ),
     Mutant(
         "subnormal numbers flushed",
@@ -349,6 +352,16 @@ ENCODE_MUTANTS = (
         "carry lost",
         _carry_lost,
         "A mantissa that rounds up beyond its field has to carry into the exponent: add the two, do not mask.",
+    ),
+    Mutant(
+        "by way of float32",
+        lambda x, fmt: _encode(np.float32(x), fmt),
+        "This number was rounded twice, to float32 first: there it became a tie. Round float64 once.",
+    ),
+    Mutant(
+        "codes in 8 bits",
+        lambda x, fmt: np.asarray(_encode(x, fmt)).astype(np.uint8),
+        "Only the lowest 8 bits of the codes are left: not every format has 8, so do not cast to uint8.",
     ),
 )
 
@@ -382,7 +395,7 @@ BF16_MUTANTS = (
     Mutant(
         "ties away from zero",
         _upper_half(lambda bits: 0x8000),
-        "Only ties are wrong: adding 0x8000 sends every tie up. Add 0x7FFF, and one more where the last kept bit is 1.",
+        "Only ties are wrong: all go up, as when 0x8000 is added. Add 0x7FFF, one more where the last kept bit is 1.",
     ),
     Mutant(
         "ties down",
@@ -536,6 +549,7 @@ TASKS = (
             "Add 0x7FFF + ((bits >> 16) & 1), shift right and left by 16, view as float32; where np.isnan(x), take x.",
         ),
         mutants=BF16_MUTANTS,
+        same_dtype=True,
         tolerance=0.0,
     ),
     Task(

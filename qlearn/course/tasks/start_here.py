@@ -9,7 +9,7 @@ def _cases():
         Case("one byte exactly", (8, 1)),
         Case("a layer of the model at 4 bits", (256 * 768, 4)),
         Case("a layer of the model at 3 bits", (256 * 768, 3)),
-        Case("16 bits", (1000, 16)),
+        Case("8 bits", (1000, 8)),
         Case("the last byte is not full", (5, 3)),
         Case("a single code", (1, 2)),
         Case("nothing", (0, 4)),
@@ -39,7 +39,7 @@ TASKS = (
             Mutant(
                 "last byte lost",
                 lambda count, bits: count * bits // 8,
-                "This is what you get when the division rounds down: codes in the last byte are lost.",
+                "The division has to round up: a remainder, however small, fills one more byte.",
             ),
             Mutant(
                 "one byte too many",
@@ -65,6 +65,11 @@ TASKS = (
                 "levels for bits",
                 lambda count, bits: -(-count * 2**bits // 8),
                 "This counts the 2**bits values that a code can take; to store one takes `bits` bits.",
+            ),
+            Mutant(
+                "no code across two bytes",
+                lambda count, bits: -(-count // (8 // bits)),
+                "This is what you get when no code may lie across two bytes: packed, 8 codes of 3 bits fill 3 bytes.",
             ),
         ),
     ),

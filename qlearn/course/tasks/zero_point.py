@@ -140,6 +140,10 @@ def _best_clip_cases():
         Case("a few numbers, 2 bits", (_random(5, seed=21), 2)),
         Case("one outlier, 3 bits", (outlier, 3)),
         Case("one outlier, 8 bits", (outlier, 8)),
+        Case(
+            "one huge outlier: nearly all is cut off",
+            (torch.cat([torch.linspace(0, 1, 40_000), torch.tensor([100.0])]), 2),
+        ),
         Case("two outliers, of different sign", (torch.cat([outlier, torch.tensor([-1.0])]), 2)),
         Case("lopsided", (_random(300, seed=4).exp(), 3)),
         Case("all negative", (-_random(300, seed=5).exp(), 3)),
@@ -269,6 +273,17 @@ _PARAMETERS_MUTANTS = (
         "This is what you get when nothing is done about a tensor of zeros: its scale would be 0, and dividing by it "
         "gives NaN. Use 1.",
     ),
+    Mutant(
+        "a constant taken for zeros",
+        lambda x, bits: (1.0, 0) if x.min() == x.max() else _grid(x, bits),
+        "This is what you get when every constant gets scale 1: only where the widened interval is empty, all zeros, "
+        "does the scale need replacing.",
+    ),
+    Mutant(
+        "zero a rounded float",
+        lambda x, bits: _grid(x, bits, zero=lambda z: float(round(z))),
+        "This zero is whole, but still a float: return an int.",
+    ),
 )
 
 
@@ -346,7 +361,7 @@ _QUANTIZE_MUTANTS = (
         "ties away from even",
         lambda x, scale, zero, bits: (torch.floor(x / scale + 0.5) + zero).clamp(0, _top(bits)).to(torch.uint8),
         "This is what you get with floor(x + 0.5): only ties differ. torch.round takes them to the even number, as "
-        "torch's own quantizer does.",
+        "torch.fake_quantize_per_tensor_affine does.",
     ),
     Mutant(
         "zero subtracted",
@@ -375,6 +390,11 @@ _QUANTIZE_MUTANTS = (
             (_steps(x, scale) + zero).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int64)
         ),
         "This is what you get when codes are clamped to the signed range: here they are 0 to 2**bits - 1.",
+    ),
+    Mutant(
+        "infinity cast",
+        lambda x, scale, zero, bits: quantize(x.masked_fill(x.isinf(), 0) - 1e9 * x.isinf(), scale, zero, bits),
+        "Only infinity is wrong: no integer holds it, so a cast makes a wrong number of it. Clamp while it is a float.",
     ),
 )
 
@@ -511,13 +531,13 @@ _BEST_CLIP_MUTANTS = (
     Mutant(
         "never clipped",
         lambda x, bits: 1.0,
-        "This is the whole interval, fraction 1: it has no clipping error, but often the larger sum of both errors.",
+        "This is fraction 1 where another is better. If you did search: shrink the scale on the way back, too.",
     ),
     Mutant(
         "no clamp",
         lambda x, bits: _search(x, bits, clamp=False),
-        "This is what you get when numbers outside the interval are not clamped: nothing is ever cut off, so the "
-        "finest grid looks best.",
+        "This is what you get when clipping costs nothing: numbers outside are not clamped, are left out, or are "
+        "compared with the clipped x. Clamp, and add the error of every number against x itself.",
     ),
     Mutant(
         "error in steps",
@@ -558,6 +578,16 @@ _BEST_CLIP_MUTANTS = (
         "the best grid's error",
         lambda x, bits: min(_loss_at(x, bits, f) for f in _FRACTIONS),
         "This is the least squared error itself: return the fraction at which it is reached.",
+    ),
+    Mutant(
+        "only down to one tenth",
+        lambda x, bits: _search(x, bits, tried=_FRACTIONS[:91]),
+        "This is what you get when fractions below 0.1 are not tried: go down to 0.01.",
+    ),
+    Mutant(
+        "0.01 left out",
+        lambda x, bits: _search(x, bits, tried=_FRACTIONS[:-1]),
+        "Only 0.01 was not tried: range(100, 0, -1) ends with 1.",
     ),
 )
 
