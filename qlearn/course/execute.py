@@ -22,9 +22,9 @@ _CELL_FILE = re.compile(r"\S*ipykernel_\d+[/\\]\d+\.py")
 
 #: Folders of this machine, and what is written for them; inner ones before outer ones.
 _FOLDERS = (
+    (sys.prefix, "…"),  # first: a virtual environment may lie inside the repository
     (f"{places.PACKAGE.parent}{os.sep}", ""),
     (str(places.PACKAGE.parent), "."),
-    (sys.prefix, "…"),
     (str(Path.home()), "~"),
 )
 
