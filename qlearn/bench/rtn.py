@@ -3,7 +3,7 @@
     python -m qlearn.bench.rtn
 
 quantizes all linear layers with absmax and with zero-point, at 8 down to 2 bits and one scale for each 64 weights, and
-measures each model on the whole evaluation text. It takes a few minutes on two CPU cores and writes `results/rtn.json`.
+measures each model on the whole evaluation text. It takes five minutes on two CPU cores and writes `results/rtn.json`.
 """
 
 from qlearn import evaluate

@@ -28,7 +28,9 @@ def lab(options=()):
     first = next(iter(sorted((root / "lessons").glob("[0-9]*.ipynb"))), None)
     opened = [] if first is None else [f"--LabApp.default_url=/lab/tree/{first.relative_to(root).as_posix()}"]
     quiet = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}", *opened, *quiet, *options]
+    # In a container one is often root, which JupyterLab refuses; it still listens on this machine only, with a token.
+    root_too = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}", *opened, *quiet, *root_too, *options]
     return subprocess.run(command, env=environment()).returncode
 
 
