@@ -161,8 +161,11 @@ def packed_size(count, bits):
 course.check("start_here.packed_size", packed_size)
 
 # %% [markdown]
-# Stuck? `course.hint("start_here.packed_size")` gives a hint, and a second, more direct one when you ask again. In a terminal,
-# `qlearn progress` lists what you have solved, and `qlearn grade exercises/01_bits.ipynb` grades a whole notebook.
+# Stuck? Ask for a hint, and ask again for a more direct one. In a terminal, `qlearn progress` lists what you have solved, and
+# `qlearn grade exercises/01_bits.ipynb` grades a whole notebook.
+
+# %%
+course.hint("start_here.packed_size")
 
 # %% [markdown]
 # ## The map
