@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 _FOLDER = Path(__file__).parent
 
 
@@ -16,16 +18,18 @@ def provenance(command):
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
     }
 
 
-def write(name, record):
-    """Write results/<name>.json, whole or not at all."""
-    unfinished = _FOLDER / f"{name}.json.part"
+def write(name, record, folder=None):
+    """Write <name>.json, whole or not at all: among the results of the package, or in another folder that exists."""
+    path = Path(folder or _FOLDER) / f"{name}.json"
+    unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(unfinished, _FOLDER / f"{name}.json")
+    os.replace(unfinished, path)
 
 
 def read(name):
