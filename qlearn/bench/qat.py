@@ -1,6 +1,6 @@
 """Quantization-aware training of the bundled model, measured against plain rounding and against more training alone.
 
-    python -m qlearn.bench.qat --steps 5000 --out results/
+    python -m qlearn.bench.qat --steps 3000 --out results/
 
 needs CUDA GPUs and uses all it finds. The corpus is the one the bundled model was trained
 on (`training/corpus.py`); everything is measured on two texts that no training ever saw: the evaluation text of the
@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from qlearn import evaluate
 from qlearn.bench.results import provenance, write
@@ -136,7 +135,7 @@ def run(job, folder, out, steps, device):
         "curve": [[point["step"], round(point["loss"], 5)] for point in curve], "on_the_way": on_the_way,
     }  # fmt: skip
     if job.fake_quant and job.loss == "distill" and job.scale_gradient:
-        save(student, job, out)
+        save(student, tokenizer, job, out)
     print(f"{job.name}: removed {record['removed']} in {seconds:.0f} s", flush=True)
     return record
 
@@ -166,20 +165,11 @@ def export_is_exact(student):
     )
 
 
-def save(student, job, out):
-    """The student's checkpoint: packed linear layers, the rest in bfloat16."""
-    state = rounded(student, job.bits).cpu().state_dict()
-    keep = {k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in state.items() if k != "lm_head.weight"}
-    save_file({k: v.contiguous() for k, v in keep.items()}, out / f"student_{slug(job)}.safetensors")
-
-
-def slug(job):
-    """A name for files.
-
-    >>> slug(JOBS[3])
-    'control_next-token_loss'
-    """
-    return job.name.replace(",", "").replace(" ", "_")
+def save(student, tokenizer, job, out):
+    """The checkpoint that ships with the package (`training.qat.checkpoint`): packed layers, the rest in bfloat16."""
+    folder = out / f"qat_{job.bits}_bit"
+    stored(student, job.bits).cpu().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def run_all(jobs, folder, out, steps):
@@ -203,7 +193,7 @@ def _on_a_free_gpu(devices, *arguments):
 def main(argv=None):
     """Run the jobs and write `qat.json`."""
     parser = argparse.ArgumentParser(description="Measure quantization-aware training of the bundled model.")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--out", type=Path, default=Path("qat"), help="folder to write")
     parser.add_argument("--jobs", type=json.loads, help="JSON list of jobs (dicts) instead of the usual ones")
     options = parser.parse_args(argv)

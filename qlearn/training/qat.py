@@ -25,6 +25,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from qlearn.models.quantize import SKIP, linear_layers
 from qlearn.training.fake_quant import fake_quantize
 
 LOSSES = ("distill", "next token")
+CHECKPOINTS = (4, 2)
 EVERY = 10  # steps from one point of the curve to the next: to read a loss, one has to wait for the GPU
 
 
@@ -98,6 +100,22 @@ def train(teacher, batches, settings=None, *, skip=SKIP, progress=True, compile=
         if watch is not None:
             watch(step, loss, student)
     return student.eval().requires_grad_(False), curve
+
+
+def checkpoint(bits):
+    """The folder of a bundled model after quantization-aware training, for `load_model`.
+
+    bits: 4 or 2, one scale for each 32 weights. `bench/qat.py` made them, and `bench/results/qat.json` has what they
+    were measured at. Raises ValueError for other bits.
+
+    >>> from qlearn import load_model
+    >>> model, tokenizer = load_model(checkpoint(2), progress=False)
+    >>> model.model.layers[0].mlp.down_proj
+    QuantLinear(768, 256, bias=False, int2, 2.5 bits)
+    """
+    if bits not in CHECKPOINTS:
+        raise ValueError(f"there is no trained checkpoint of {bits} bits; choose from {CHECKPOINTS}")
+    return Path(__file__).parent / "checkpoints" / f"qat_{bits}_bit"
 
 
 def fake_quantized(model, names, settings):

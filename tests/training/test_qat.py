@@ -9,7 +9,8 @@ import torch
 from torch.func import functional_call
 
 from qlearn import load_model, quantize_model
-from qlearn.evaluate import calibration_text
+from qlearn.bench.results import read
+from qlearn.evaluate import bits_per_weight, calibration_text, perplexity
 from qlearn.evaluate.divergence import position_divergences
 from qlearn.formats import gguf_blocks
 from qlearn.models.quantize import linear_layers
@@ -159,3 +160,18 @@ def test_a_loss_that_is_not_finite(llama, batches):
     broken.model.norm.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="the loss is nan at step 0"):
         trained(broken, batches)
+
+
+@pytest.mark.parametrize("bits", qat.CHECKPOINTS)
+def test_checkpoints_are_the_ones_that_were_measured(bits):
+    """The same text and convention on a CPU; the GPU had multiplied in TensorFloat32, whose 10 bits move little."""
+    model, tokenizer = load_model(qat.checkpoint(bits), progress=False)
+    (run,) = (run for run in read("qat")["runs"] if run["name"] == f"{bits} bit")
+    found = perplexity(model, tokenizer, convention="llama.cpp")
+    assert found == pytest.approx(run["trained"]["evaluation"]["perplexity"], rel=1e-3)
+    assert bits_per_weight(model) < bits_per_weight(load_model()[0])
+
+
+def test_no_other_checkpoint():
+    with pytest.raises(ValueError, match="no trained checkpoint of 5 bits"):
+        qat.checkpoint(5)
