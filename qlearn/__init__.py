@@ -19,6 +19,7 @@ _HOME = {
     "QuantizedTensor": "qlearn.tensor",
     "quantize": "qlearn.methods",
     "load_model": "qlearn.models",
+    "QuantizationConfig": "qlearn.models",
     "quantize_model": "qlearn.models",
     "generate": "qlearn.models",
 }

@@ -4,13 +4,20 @@ A method is a function (weight, bits, group_size, **its own options) -> Quantize
 """
 
 from qlearn.methods.affine import absmax, zero_point
+from qlearn.methods.awq import awq
+from qlearn.methods.gptq import gptq
+from qlearn.methods.signed_absmax import signed_absmax
 
 METHODS = {
     "absmax": absmax,
     "zero_point": zero_point,
+    "signed_absmax": signed_absmax,
+    "gptq": gptq,
+    "awq": awq,
 }
+CALIBRATED = frozenset({"gptq", "awq"})  # those that learn from inputs, and take them as a further argument `inputs`
 
-__all__ = ["METHODS", "absmax", "quantize", "zero_point"]
+__all__ = ["CALIBRATED", "METHODS", "absmax", "awq", "gptq", "quantize", "signed_absmax", "zero_point"]
 
 
 def quantize(weight, method="absmax", bits=4, group_size=None, **options):

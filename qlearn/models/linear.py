@@ -12,9 +12,14 @@ stored as float16 is part of a format, and rounding it to another type would sil
 to.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qlearn import formats
+from qlearn.formats.integers import packed_size
 from qlearn.tensor import QuantizedTensor
 
 
@@ -39,6 +44,27 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
+    @classmethod
+    def without_values(cls, storage, weight, bias=None):
+        """A layer whose tensors have sizes and types, but no values yet.
+
+        storage: what `storage()` gave.  weight, bias: what it replaces, for its size and its device.
+        Raises ValueError when the two do not belong together.
+        """
+        metadata = {"format": storage["format"], "shape": tuple(weight.shape), "block": tuple(storage["block"])}
+        tensors = _empty_tensors(**metadata, types=storage["tensors"], device=weight.device)
+        return cls(QuantizedTensor.from_state(tensors, metadata), bias)
+
+    def storage(self):
+        """What a file has to say beside the tensors, when the size of the layer is known.
+
+        >>> import qlearn, torch
+        >>> QuantLinear(qlearn.quantize(torch.eye(4), "zero_point", bits=3, group_size=2)).storage()
+        {'format': 'uint3', 'block': [1, 2], 'tensors': {'packed': 'uint8', 'scales': 'float16', 'zeros': 'uint8'}}
+        """
+        types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self.named_buffers()}
+        return {n: self._metadata_of_weight[n] for n in ("format", "block")} | {"tensors": types}
+
     @property
     def quantized(self):
         """The weight as a QuantizedTensor; it shares memory with the buffers."""
@@ -62,3 +88,17 @@ class QuantLinear(nn.Module):
         """What print(model) shows."""
         sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {self.quantized.format.name}, {self.quantized.bits_per_weight:.3g} bits"
+
+
+def _empty_tensors(format, shape, block, types, device):
+    """Tensors for the weight of a layer, by name, of the sizes that QuantizedTensor asks for."""
+    bits = formats.get(format).bits
+    blocks = (shape[0] // block[0], shape[1] // block[1])
+    sizes = {
+        "packed": (packed_size(math.prod(shape), bits),),
+        "scales": blocks,
+        "zeros": (packed_size(math.prod(blocks), bits),) if types.get("zeros") == "uint8" else blocks,
+        "column_scales": (shape[1],),
+    }
+    types = {name: getattr(torch, types[name]) for name in sizes if name in types}
+    return {name: torch.empty(sizes[name], dtype=dtype, device=device) for name, dtype in types.items()}

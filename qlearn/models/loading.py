@@ -4,7 +4,8 @@ The bundled model is a Llama of 7.3 million parameters that writes Python, train
 It lies in `qlearn/models/bundled/` in transformers' own format, so it is loaded by transformers, like every other
 model, and nothing is fetched.
 
-Any other causal language model is named by a folder, or by its id on the Hugging Face hub. What is in the local cache
+Any other causal language model is named by a folder, or by its id on the Hugging Face hub. A model that was quantized
+and saved is a folder like any other, and comes back quantized (`plugin.py`). What is in the local cache
 is taken from there. For the rest the hub is asked once, with a short time limit, whether it is there and has the
 model; only then is it downloaded.
 """
@@ -13,6 +14,8 @@ import contextlib
 from pathlib import Path
 
 import torch
+
+from qlearn.models.storage import CheckpointError
 
 BUNDLED = Path(__file__).parent / "bundled"
 HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer
@@ -54,6 +57,8 @@ def _load(name_or_path, dtype, progress, local_files_only=True):
         with _progress_bars(progress):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=local_files_only)
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, local_files_only=local_files_only)
+    except CheckpointError:  # says it in one sentence already
+        raise
     except SafetensorError as error:
         raise ValueError(f"a weight file of {str(name_or_path)!r} is incomplete ({error}); fetch it again") from error
     except OSError as error:
@@ -64,6 +69,10 @@ def _load(name_or_path, dtype, progress, local_files_only=True):
     except ValueError as error:
         raise ValueError(
             f"{str(name_or_path)!r} is no causal language model ({_first_line(error)}); name another one"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of {str(name_or_path)!r} do not fit its config.json ({_first_line(error)}); fetch both again"
         ) from error
     return model.eval().requires_grad_(False), tokenizer
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from qlearn.methods import METHODS, absmax, quantize, zero_point
+from qlearn.methods import absmax, quantize, zero_point
 from qlearn.methods.affine import FRACTIONS, store_scale
 
+METHODS = ("absmax", "zero_point")
 BITS = range(2, 9)
 LAYOUTS = [{"per": "tensor"}, {"per": "row"}, {"per": "column"}, {"group_size": 16}]
 

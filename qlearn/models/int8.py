@@ -1,0 +1,303 @@
+"""W8A8: weights and activations both in 8 bits, multiplied as integers.
+
+A layer that keeps only its weight in few bits saves memory, but it multiplies in floating point as before. If its
+inputs are integers as well, the whole product can be computed with integers, and processors have units that do this
+two to four times as fast as 16-bit floats:
+
+    x ≈ s_x · X      X int8 (tokens, in)                  y = x Wᵀ + b ≈ s_x · s_w · (X · Vᵀ) + b
+    W ≈ s_w · V      V int8 (out, in)                                            int32
+
+For the scales to come out of the sum, they must not depend on the index that is summed over. So the weight has one
+scale for each row, its output channel, and the input one for each token at most. A scale for each input *channel*,
+which is what outliers would call for, is impossible; `smoothquant.py` is the way around that.
+
+    dynamic    each token's own scale, from its largest magnitude, found when the token comes. Exact in range, always.
+    static     one scale for the layer, chosen beforehand by an observer (`methods/observers.py`). Nothing has to be
+               measured at run time, and what lies beyond the range is clipped.
+
+**The integer product** adds up `in` products of two int8 in an int32. Each is at most 128 · 128 = 2**14, so up to
+131,071 columns cannot overflow. (Codes of ours are never -128, which would allow 133,144.) torch has this product as
+`torch._int_mm`. On a CPU it is checked once, with the largest codes there are, against the exact result: old
+processors without integer dot products may saturate halfway. On CUDA it wants sizes that are multiples of 8 and more
+than 16 rows, so zeros are added where they are missing.
+
+Source: LLM.int8() (arXiv 2208.07339) and SmoothQuant (arXiv 2211.10438) for per-token and static activations.
+"""
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from qlearn.evaluate.windows import LOGITS_AT_ONCE
+from qlearn.methods.affine import absmax
+from qlearn.methods.blocking import check_weight
+from qlearn.methods.observers import make_observer
+from qlearn.models import smoothquant
+from qlearn.models.calibration import resolve_ids, whole
+from qlearn.models.layers import (
+    SKIP,
+    check_skip,
+    expert_stacks,
+    kinds,
+    linear_layers,
+    replace_layers,
+    warn_of_others,
+)
+from qlearn.models.linear import QuantLinear
+from qlearn.models.recording import GLANCE, forward, watching
+
+MAX_IN_FEATURES = (2**31 - 1) // 128**2
+QMAX = 127
+ACTIVATIONS = ("dynamic", "static")
+
+
+def int8_matmul(x_codes, w_codes):
+    """The product X Vᵀ of two matrices of 8-bit integers, exactly.
+
+    x_codes: int8 (tokens, in).  w_codes: int8 (out, in), on the same device.  Returns int32 (tokens, out).
+    Raises ValueError for another dtype, shapes that do not fit, and more than 131,071 columns, which could overflow.
+
+    >>> int8_matmul(torch.tensor([[1, -2], [100, 100]], dtype=torch.int8), torch.tensor([[127, 3]], dtype=torch.int8))
+    tensor([[  121],
+            [13000]], dtype=torch.int32)
+    """
+    _check_codes(x_codes, w_codes)
+    if x_codes.is_cuda:
+        return _padded_int_mm(x_codes, w_codes)
+    if x_codes.device.type == "cpu" and _exact_on_this_cpu():
+        return torch._int_mm(x_codes, w_codes.T)
+    return reference_matmul(x_codes, w_codes)
+
+
+def reference_matmul(x_codes, w_codes):
+    """The same by float64, which holds every integer below 2**53 exactly: slow, and right everywhere."""
+    return (x_codes.double() @ w_codes.double().T).to(torch.int32)
+
+
+def quantize_tokens(x):
+    """Each row on its own grid: dynamic quantization.
+
+    x: floating point (tokens, in).  Returns codes int8 (tokens, in) in -127 ... 127, and float32 scales (tokens, 1).
+    A row of zeros gets scale 1; one with NaN or infinity gets a scale that is not finite, and so does its output.
+
+    >>> quantize_tokens(torch.tensor([[0.5, -1.0, 0.25], [0.0, 0.0, 0.0]]))
+    (tensor([[  64, -127,   32],
+            [   0,    0,    0]], dtype=torch.int8), tensor([[0.0079],
+            [1.0000]]))
+    """
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True) / QMAX
+    scale = torch.where(scale == 0, 1.0, scale)
+    return quantize_with(x, scale), scale
+
+
+def quantize_with(x, scale):
+    """The codes of x on a given grid, clipped at its ends: int8, as x in shape.  scale: float32, broadcast over x."""
+    return (x.float() / scale).round().clamp(-QMAX, QMAX).to(torch.int8)
+
+
+def int8_linear(x, w_codes, w_scale, input_scale=None, bias=None):
+    """A linear layer with integers: s_x · s_w · (X · Vᵀ) + b.
+
+    x: floating point (tokens, in).  w_codes: int8 (out, in).  w_scale: floating point (out,).  bias: (out,) or None.
+    input_scale: float32 scalar for static activations, None for dynamic ones.
+    Returns (tokens, out) in the dtype of x; sums are int32, all else is float32.
+    """
+    if input_scale is None:
+        codes, scale = quantize_tokens(x)
+    else:
+        codes, scale = quantize_with(x, input_scale), input_scale
+    y = int8_matmul(codes, w_codes).float() * scale * w_scale.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+class Int8Linear(QuantLinear):
+    """Takes the place of nn.Linear and multiplies integers.
+
+    quantized: QuantizedTensor (out_features, in_features), int8 with one scale for each row, as `absmax(weight, 8)`
+    makes it.  bias: tensor (out_features,) or None.
+    input_scale: None for dynamic activations; for static ones the scale, a positive number.
+    Raises ValueError for any other quantized weight, and for an input scale that is not positive and finite.
+
+    No gradient passes through. A static layer does not look for NaN: it turns into an arbitrary code.
+
+    >>> import qlearn
+    >>> layer = Int8Linear(qlearn.quantize(torch.eye(3), "absmax", bits=8))
+    >>> layer(torch.tensor([[1.0, -2.0, 0.5]]))
+    tensor([[ 1.0088, -2.0018,  0.5044]])
+    """
+
+    def __init__(self, quantized, bias=None, input_scale=None):
+        if quantized.format.name != "int8" or quantized.block != (1, quantized.shape[1]):
+            raise ValueError(f"{quantized} is not int8 with a scale for each row; make it with absmax(weight, bits=8)")
+        super().__init__(quantized, bias)
+        if input_scale is not None:
+            input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=quantized.device)
+            if not (input_scale > 0 and torch.isfinite(input_scale)):
+                raise ValueError(f"input_scale={input_scale.item()} is no scale; give a positive number, or None")
+        self.register_buffer("input_scale", input_scale)
+
+    @torch.no_grad()
+    def forward(self, x):
+        """x: floating point (..., in_features).  Returns (..., out_features) in the dtype of x."""
+        rows = x.reshape(-1, self.in_features)
+        y = int8_linear(rows, self.weight_codes(), self.scales.flatten(), self.input_scale, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def weight_codes(self):
+        """The codes, int8 (out_features, in_features). At 8 bits the packed bytes are the codes; nothing is copied."""
+        return self.packed.view(torch.int8).view(self.out_features, self.in_features)
+
+    def _apply(self, fn, recurse=True):
+        """The input scale stays float32, as the scales of the weight stay what they are."""
+        kept = self.input_scale
+        super()._apply(fn, recurse)
+        if kept is not None:
+            self.input_scale = kept.to(self.packed.device)
+        return self
+
+    def extra_repr(self):
+        """What print(model) shows."""
+        inputs = "dynamic" if self.input_scale is None else f"static, scale {self.input_scale.item():.3g}"
+        return f"{super().extra_repr()}, inputs int8 {inputs}"
+
+
+def quantize_w8a8(
+    model,
+    activations="dynamic",
+    observer="minmax",
+    smooth=None,
+    calibration=None,
+    tokenizer=None,
+    skip=SKIP,
+    progress=True,
+    **options,
+):
+    """Quantize the linear layers of a model to W8A8, in place.
+
+    activations: "dynamic", or "static" with scales from an observer.
+    observer: "minmax", "percentile", "mse" or "entropy"; options: its own.
+    smooth: None, or the alpha of `smoothquant.smooth` (0.5 is usual), which is applied to the float model first.
+    calibration, tokenizer: what static activations and smoothing learn from, as for `quantize_model`.
+    skip: layers to leave out, as for `quantize_model`.  progress: show bars.
+    Returns the model.
+    Raises ValueError as `quantize_model` does, and for a layer that the calibration text never reached; no layer is
+    replaced then, but the model may be smoothed already, which leaves what it computes as it was.
+
+    >>> import qlearn
+    >>> model, tokenizer = qlearn.load_model()
+    >>> quantize_w8a8(model, progress=False).model.layers[0].mlp.down_proj
+    Int8Linear(768, 256, bias=False, int8, 8.02 bits, inputs int8 dynamic)
+    """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
+    make_observer(observer, **options)  # a mistake in these is found before the calibration, not after it
+    skip = check_skip(model, skip)
+    layers, scales = linear_layers(model, skip), {}
+    _check_weights(model, layers, skip)
+    if activations == "static" or smooth is not None:
+        ids = resolve_ids(model, calibration, tokenizer)
+    if smooth is not None:
+        smoothquant.smooth(model, smooth, ids, progress=progress)
+    if activations == "static":
+        scales = calibrate_scales(model, layers, ids, observer, progress, **options)
+    _warn_of_floats(model, skip)
+    for name in tqdm(list(layers), desc=f"W8A8, {activations}", unit=" layers", disable=not progress):
+        layer = layers.pop(name)  # let go of each float weight before the next one's turn
+        replace_layers(model, {layer: Int8Linear(absmax(layer.weight, bits=8), layer.bias, scales.get(name))})
+    return model
+
+
+def calibrate_scales(model, layers, ids, observer="minmax", progress=True, **options):
+    """Run the model over calibration text and choose a scale for the inputs of each layer.
+
+    layers: dict name -> layer.  ids: int64 (windows, window).  observer, options: as for `make_observer`.
+    Returns dict name -> float.  Raises ValueError for a layer that was given nothing, or NaN.
+    """
+    groups = whole(model, ids[:1, :GLANCE]).groups(layers)  # layers that read the same tensor need one observer
+    observers = {group[0]: make_observer(observer, **options) for group in groups}
+    batch = max(1, LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size * ids.shape[1]))
+
+    def see(name, x):
+        try:
+            observers[name].observe(x)
+        except ValueError as error:
+            raise ValueError(f"the inputs of layer {name}: {error}") from error
+
+    with watching({name: layers[name] for name in observers}, see):
+        for windows in tqdm(ids.split(batch), desc="observing", unit=" batches", disable=not progress):
+            forward(model, windows)
+    return {name: _scale(observers[group[0]], name) for group in groups for name in group}
+
+
+def _scale(observer, name):
+    """The scale for the inputs of a layer, or an error that names the layer."""
+    try:
+        return observer.scale(bits=8)
+    except ValueError as error:
+        raise ValueError(
+            f"layer {name} was given nothing by the calibration text; use activations='dynamic', or name it in skip"
+        ) from error
+
+
+def _check_weights(model, layers, skip):
+    """Raise ValueError for a layer that cannot be quantized, before any is."""
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize with skip={skip}; name fewer of them")
+    for name, layer in layers.items():
+        try:
+            largest_row = check_weight(layer.weight).abs().amax(1).argmax()
+            absmax(layer.weight[largest_row : largest_row + 1], bits=8)
+        except ValueError as error:
+            raise ValueError(f"layer {name} ({layer.out_features} x {layer.in_features}): {error}") from error
+
+
+def _warn_of_floats(model, skip):
+    """Say which large matrices stay in floating point: their inputs cannot be quantized from outside."""
+    warn_of_others(model, skip, stacklevel=3)
+    stacks = expert_stacks(model, skip)
+    if stacks:
+        warnings.warn(
+            f"{len(stacks)} stacks of experts stay in floating point, because their inputs pass inside of one module: "
+            f"{', '.join(kinds(stacks))}; name them in skip= to say that this is intended",
+            stacklevel=3,
+        )
+
+
+def _check_codes(x_codes, w_codes):
+    for codes in (x_codes, w_codes):
+        if codes.dtype != torch.int8 or codes.dim() != 2:
+            raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; give two int8 matrices")
+    if x_codes.shape[1] != w_codes.shape[1]:
+        raise ValueError(
+            f"codes of {x_codes.shape[1]} and {w_codes.shape[1]} columns do not fit; both need the layer's in_features"
+        )
+    if x_codes.shape[1] > MAX_IN_FEATURES:
+        raise ValueError(
+            f"{x_codes.shape[1]} columns could overflow the 32-bit sum; split them into at most {MAX_IN_FEATURES}"
+        )
+
+
+@functools.cache
+def _exact_on_this_cpu():
+    """Whether torch's integer product gets the largest codes right on this processor."""
+    if not hasattr(torch, "_int_mm"):
+        return False
+    signs = torch.randint(0, 2, (33, 264), generator=torch.Generator().manual_seed(0))
+    x = torch.where(signs.bool(), 127, -128).to(torch.int8)
+    x[0], x[1] = 127, -128
+    w = x[:24]
+    return torch.equal(torch._int_mm(x, w.T), reference_matmul(x, w))
+
+
+def _padded_int_mm(x_codes, w_codes):
+    """torch._int_mm with zeros added up to the sizes that it takes on CUDA."""
+    tokens, columns = x_codes.shape
+    rows = len(w_codes)
+    more = -columns % 8
+    x = F.pad(x_codes, (0, more, 0, max(24 - tokens, -tokens % 8)))
+    w = F.pad(w_codes, (0, more, 0, -rows % 8)) if more or rows % 8 else w_codes
+    return torch._int_mm(x, w.T)[:tokens, :rows]

@@ -1,0 +1,367 @@
+"""W8A8: integer products bit for bit, layers within a derived bound, and whole models of every family."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import qlearn
+from qlearn import evaluate
+from qlearn.methods import absmax
+from qlearn.methods.observers import make_observer
+from qlearn.models import int8
+from qlearn.models.calibration import calibration_ids
+from qlearn.models.int8 import (
+    MAX_IN_FEATURES,
+    Int8Linear,
+    int8_matmul,
+    quantize_tokens,
+    quantize_w8a8,
+    quantize_with,
+)
+from qlearn.models.outliers import add_outlier
+from qlearn.models.recording import forward, watching
+
+IDS = torch.arange(96).view(4, 24)
+
+SHAPES = [(1, 8, 8), (1, 1, 1), (7, 33, 5), (16, 256, 768), (33, 4096, 16), (0, 8, 8), (17, 8, 0)]
+
+
+def random_codes(rows, columns, low=-128, high=128):
+    return torch.randint(low, high, (rows, columns), dtype=torch.int8)
+
+
+def in_python(x, w):
+    """The product by Python's integers, which never overflow."""
+    return [[sum(a * b for a, b in zip(row, other, strict=True)) for other in w.tolist()] for row in x.tolist()]
+
+
+def saturating_int_mm(x, w):
+    """What a processor without integer dot products may do: add pairs of products in 16 bits, which saturate."""
+    products = x.int()[:, :, None] * w.int()[None]
+    pairs = products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
+    return pairs.sum(1, dtype=torch.int32)
+
+
+class TestProduct:
+    @pytest.mark.parametrize("tokens, columns, rows", SHAPES)
+    def test_random_codes(self, tokens, columns, rows):
+        x, w = random_codes(tokens, columns), random_codes(rows, columns)
+        product = int8_matmul(x, w)
+        assert product.dtype == torch.int32 and product.shape == (tokens, rows)
+        assert torch.equal(product.long(), x.long() @ w.long().T)
+
+    def test_against_pythons_integers(self):
+        x, w = random_codes(3, 50), random_codes(4, 50)
+        assert int8_matmul(x, w).tolist() == in_python(x, w)
+
+    @pytest.mark.parametrize("columns", [256, 16384, MAX_IN_FEATURES])
+    def test_the_largest_codes_in_the_longest_rows(self, columns):
+        x = torch.stack([torch.full((columns,), v, dtype=torch.int8) for v in (-128, 127, -127)])
+        expected = [[a * b * columns for b in (-128, 127, -127)] for a in (-128, 127, -127)]
+        assert int8_matmul(x, x).tolist() == expected
+        assert columns < MAX_IN_FEATURES or 2**31 - 128**2 <= expected[0][0] < 2**31
+
+    def test_longer_rows_are_refused(self):
+        codes = torch.zeros(1, MAX_IN_FEATURES + 1, dtype=torch.int8)
+        with pytest.raises(ValueError, match="131072 columns could overflow"):
+            int8_matmul(codes, codes)
+
+    @pytest.mark.parametrize("tokens, columns, rows", SHAPES)
+    def test_the_reference_and_the_padding_agree_with_it(self, tokens, columns, rows):
+        x, w = random_codes(tokens, columns), random_codes(rows, columns)
+        assert torch.equal(int8.reference_matmul(x, w), int8_matmul(x, w))
+        assert torch.equal(int8._padded_int_mm(x, w), int8_matmul(x, w))
+
+    def test_padding_satisfies_cuda(self, monkeypatch):
+        """What torch demands of `_int_mm` on CUDA: more than 16 rows, and sizes that are multiples of 8."""
+        seen = []
+        monkeypatch.setattr(torch, "_int_mm", lambda x, w: seen.append((*x.shape, w.shape[1])) or x.int() @ w.int())
+        for tokens, columns, rows in SHAPES:
+            if rows:
+                int8._padded_int_mm(random_codes(tokens, columns), random_codes(rows, columns))
+        assert all(m > 16 and k % 8 == 0 and n % 8 == 0 for m, k, n in seen) and len(seen) == len(SHAPES) - 1
+
+    @pytest.mark.parametrize("broken", ["missing", "saturating"])
+    def test_without_an_exact_product_of_torchs_the_reference_takes_over(self, monkeypatch, broken):
+        x, w = random_codes(5, 300), random_codes(6, 300)
+        expected = int8_matmul(x, w)
+        int8._exact_on_this_cpu.cache_clear()
+        try:
+            if broken == "missing":
+                monkeypatch.delattr(torch, "_int_mm")
+            else:
+                monkeypatch.setattr(torch, "_int_mm", saturating_int_mm)
+            assert not int8._exact_on_this_cpu()
+            assert torch.equal(int8_matmul(x, w), expected)
+        finally:
+            int8._exact_on_this_cpu.cache_clear()
+
+    @pytest.mark.parametrize(
+        "x, w, message",
+        [
+            (torch.zeros(2, 4), torch.zeros(2, 4), "torch.float32"),
+            (torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.int8), "torch.uint8"),
+            (torch.zeros(4, dtype=torch.int8), torch.zeros(2, 4, dtype=torch.int8), "two int8 matrices"),
+            (torch.zeros(2, 4, dtype=torch.int8), torch.zeros(2, 5, dtype=torch.int8), "4 and 5 columns do not fit"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, x, w, message):
+        with pytest.raises(ValueError, match=message):
+            int8_matmul(x, w)
+
+
+class TestActivations:
+    def test_dynamic_is_absmax_of_each_row(self):
+        x = torch.randn(9, 40) * torch.logspace(-20, 20, 9)[:, None]
+        codes, scale = quantize_tokens(x)
+        expected = absmax(x, bits=8, scale_dtype=torch.float32)
+        assert torch.equal(codes, expected.codes()) and torch.equal(scale, expected.scales)
+
+    def test_static_clips(self):
+        x = torch.tensor([[-9.0, -1.0, 0.0, 0.5, 2.0]])
+        assert quantize_with(x, torch.tensor(1 / 127)).tolist() == [[-127, -127, 0, 64, 127]]
+
+    def test_static_agrees_with_torch(self):
+        x = torch.randn(50, 40)
+        theirs = torch.fake_quantize_per_tensor_affine(x, 2.0**-6, 0, -127, 127) * 2**6
+        assert torch.equal(quantize_with(x, torch.tensor(2.0**-6)), theirs.to(torch.int8))
+
+    def test_zeros(self):
+        codes, scale = quantize_tokens(torch.zeros(2, 3))
+        assert not codes.any() and scale.tolist() == [[1.0], [1.0]]
+
+    @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+    def test_what_is_not_finite_stays_so_in_its_own_row(self, broken):
+        layer = Int8Linear(absmax(torch.randn(4, 8), bits=8))
+        x = torch.ones(2, 8)
+        x[0, 3] = broken
+        y = layer(x)
+        assert not torch.isfinite(y[0]).any() and torch.isfinite(y[1]).all()
+
+
+def layers(bias=True, activations="dynamic", seed=0):
+    """A float layer, its inputs, and the W8A8 layer made of it."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(12, 40, generator=generator), torch.randn(3, 5, 40, generator=generator)
+    b = torch.randn(12, generator=generator) if bias else None
+    scale = None if activations == "dynamic" else x.abs().max().item() / 127
+    return weight, b, x, Int8Linear(absmax(weight, bits=8), b, scale)
+
+
+class TestLayer:
+    @pytest.mark.parametrize("activations", ["dynamic", "static"])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_it_is_the_product_of_the_two_rounded_matrices(self, activations, bias):
+        _, b, x, layer = layers(bias, activations)
+        rows = x.view(15, 40).double()
+        scale = rows.abs().amax(-1, keepdim=True) / 127 if activations == "dynamic" else layer.input_scale.double()
+        rounded = (rows / scale.float()).round() * scale
+        expected = rounded @ layer.quantized.dequantize().double().T + (0 if b is None else b.double())
+        assert (layer(x).view(15, 12) - expected).abs().max() < 2**-18  # a few float32 roundings of values below 32
+
+    @pytest.mark.parametrize("activations", ["dynamic", "static"])
+    def test_the_error_of_an_output_is_within_half_a_step_of_each_factor(self, activations):
+        """|x'w' - xw| <= sum of |x' - x||w'| + |x||w' - w|, and neither is off by more than half its step."""
+        weight, b, x, layer = layers(True, activations)
+        step_x = (x.abs().amax(-1, keepdim=True) if activations == "dynamic" else x.abs().max()) / 127
+        step_w = layer.scales.float().T
+        w = layer.quantized.dequantize()
+        bound = step_x / 2 * w.abs().sum(1) + x.abs().sum(-1, keepdim=True) * step_w / 2
+        error = (layer(x) - torch.nn.functional.linear(x, weight, b)).abs()
+        assert (error <= bound * (1 + 1e-5)).all()
+        assert error.max() > bound.max() / 100  # a bound that is far too large would see no mistake
+
+    def test_shapes_and_dtypes(self):
+        _, _, x, layer = layers()
+        assert layer(x).shape == (3, 5, 12) and layer(x[0, 0]).shape == (12,) and layer(x[:0]).shape == (0, 5, 12)
+        for dtype in (torch.float16, torch.bfloat16):
+            y = layer(x.to(dtype))
+            assert y.dtype == dtype
+            assert torch.equal(y, layer(x.to(dtype).float()).to(dtype))
+
+    def test_a_change_of_dtype_keeps_the_scales(self):
+        _, _, x, layer = layers(activations="static")
+        before = layer(x.half().float())
+        layer.half()
+        assert layer.input_scale.dtype == torch.float32 and layer.bias.dtype == torch.float16
+        layer.bias.data = layer.bias.data.float()
+        torch.testing.assert_close(layer(x.half().float()), before, rtol=0, atol=2**-9)  # the bias was rounded
+
+    def test_state_dict_holds_the_input_scale(self):
+        _, _, x, layer = layers(activations="static")
+        other = Int8Linear(absmax(torch.randn(12, 40), bits=8), torch.zeros(12), 1.0)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(x), layer(x))
+
+    def test_the_codes_are_the_packed_bytes(self):
+        layer = layers()[-1]
+        assert torch.equal(layer.weight_codes(), layer.quantized.codes())
+        assert layer.weight_codes().data_ptr() == layer.packed.data_ptr()
+
+    def test_no_gradient_passes(self):
+        _, _, x, layer = layers()
+        assert not layer(x.requires_grad_()).requires_grad
+
+    def test_it_says_what_it_is(self):
+        assert "inputs int8 dynamic" in repr(layers()[-1])
+        assert "inputs int8 static, scale 0.0" in repr(layers(activations="static")[-1])
+
+    @pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8, "group_size": 8}, {"bits": 8, "per": "tensor"}])
+    def test_other_weights_are_refused(self, options):
+        with pytest.raises(ValueError, match="is not int8 with a scale for each row"):
+            Int8Linear(absmax(torch.randn(2, 16), **options))
+
+    @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+    def test_an_input_scale_that_is_none(self, scale):
+        with pytest.raises(ValueError, match="is no scale"):
+            Int8Linear(absmax(torch.randn(2, 16)), input_scale=scale)
+
+
+def w8a8(model, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantize_w8a8(model, *args, calibration=IDS, progress=False, **options)
+
+
+def linear_names(model):
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+
+
+def largest_inputs(model, names):
+    """What plain hooks say: dict name -> largest magnitude that the layer reads in any window."""
+    largest = dict.fromkeys(names, 0.0)
+
+    def see(name, x):
+        largest[name] = max(largest[name], x.abs().max().item())
+
+    with watching({name: model.get_submodule(name) for name in names}, see):
+        forward(model, IDS)
+    return largest
+
+
+class TestModel:
+    @pytest.mark.parametrize("activations", ["dynamic", "static"])
+    def test_every_layer_of_every_family_multiplies_integers(self, make_model, family, activations):
+        """Each layer's output is compared with one computed in float64 from the very input that it was given."""
+        model, weights = make_model(family), {}
+        names = linear_names(model)
+        for name in names:
+            layer = model.get_submodule(name)
+            weights[name] = absmax(layer.weight, bits=8).dequantize().double(), layer.bias
+        assert w8a8(model, activations) is model
+        assert [n for n, m in model.named_modules() if isinstance(m, Int8Linear)] == names
+        seen = {}
+
+        def check(layer, args, output):
+            (x,), (weight, bias) = args, weights[seen[layer]]
+            x = x.double()
+            scale = (x.float().abs().amax(-1, keepdim=True) / 127) if activations == "dynamic" else layer.input_scale
+            scale = scale + (scale == 0)  # a row of zeros, such as the embedding of the padding token, has scale 1
+            rounded = (x.float() / scale).round().clamp(-127, 127).double() * scale
+            expected = rounded @ weight.T + (0 if bias is None else bias.double())
+            torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+
+        for name in names:
+            layer = model.get_submodule(name)
+            seen[layer] = name
+            layer.register_forward_hook(check)
+        forward(model, IDS)
+
+    def test_static_scales_are_those_of_the_float_model(self, make_model, family):
+        model = make_model(family)
+        largest = largest_inputs(model, linear_names(model))
+        w8a8(model, "static")
+        for name, value in largest.items():
+            assert model.get_submodule(name).input_scale.item() == pytest.approx(value / 127, rel=1e-6)
+
+    @pytest.mark.parametrize("observer, options", [("percentile", {"percentile": 90.0}), ("mse", {}), ("entropy", {})])
+    def test_the_observer_chooses_the_scale(self, model, observer, options):
+        name, expected = "model.layers.0.mlp.down_proj", make_observer(observer, **options)
+        with watching({name: model.get_submodule(name)}, lambda _, x: expected.observe(x)):
+            forward(model, IDS)
+        w8a8(model, "static", observer, **options)
+        assert model.get_submodule(name).input_scale.item() == pytest.approx(expected.scale(), rel=1e-6)
+
+    def test_bits_per_weight_count_the_scales(self, model):
+        names = linear_names(model)
+        sizes = [model.get_submodule(name).weight.shape for name in names]
+        w8a8(model)
+        stored = sum(rows * columns * 8 + rows * 16 for rows, columns in sizes)
+        assert evaluate.bits_per_weight(model) == stored / sum(rows * columns for rows, columns in sizes)
+
+    def test_skip(self, model):
+        w8a8(model, skip=("lm_head", "down_proj"))
+        assert all(type(block.mlp.down_proj) is nn.Linear for block in model.model.layers)
+        assert all(isinstance(block.mlp.up_proj, Int8Linear) for block in model.model.layers)
+
+    def test_an_untied_head_that_is_not_skipped(self, make_model):
+        model = w8a8(make_model("qwen3"), "static", skip=())
+        assert isinstance(model.lm_head, Int8Linear) and model.lm_head.input_scale > 0
+
+    def test_experts_that_stay_in_floats_are_named(self, make_model):
+        with pytest.warns(UserWarning, match=r"experts stay in floating point.*model\.layers\.\*\.mlp\.experts"):
+            quantize_w8a8(make_model("deepseek v3"), progress=False)
+
+    def test_a_layer_that_nothing_reaches(self, model):
+        model.model.layers[0].spare = nn.Linear(32, 32)
+        with pytest.raises(ValueError, match=r"layer model\.layers\.0\.spare was given nothing"):
+            w8a8(model, "static")
+        assert not any(isinstance(m, Int8Linear) for m in model.modules())
+        assert isinstance(w8a8(model, "dynamic").model.layers[0].spare, Int8Linear)
+
+    def test_a_broken_weight_is_named_and_nothing_is_replaced(self, model):
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+        with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.down_proj \(32 x 64\): 1 of 2048 weights"):
+            w8a8(model)
+        assert not any(isinstance(m, Int8Linear) for m in model.modules())
+
+    def test_nan_in_calibration_is_traced_to_a_layer(self, model):
+        model.model.layers[1].input_layernorm.weight[0] = float("nan")
+        with pytest.raises(ValueError, match=r"the inputs of layer model\.layers\.1\.self_attn\.q_proj: 96 of 3072"):
+            w8a8(model, "static")
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"activations": "fixed"}, "activations='fixed' is unknown; choose from dynamic, static"),
+            ({"activations": "static", "observer": "max"}, "observer 'max' is unknown"),
+            ({"activations": "static", "observer": "percentile", "percentile": 0}, "percentile=0"),
+            ({"smooth": 1.5}, "alpha=1.5 is out of range"),
+            ({"skip": "nothing_like_it"}, "skip='nothing_like_it' fits no layer"),
+            ({"skip": "*"}, "no linear layer to quantize"),
+        ],
+    )
+    def test_wrong_arguments_are_named(self, model, options, message):
+        with pytest.raises(ValueError, match=message):
+            w8a8(model, **options)
+        assert not any(isinstance(m, Int8Linear) for m in model.modules())
+
+
+class TestOnTheBundledModel:
+    """What the lesson shows: dynamic is nearly free, an outlier ruins static activations, and smoothing mends them."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def divergence():
+        model, tokenizer = qlearn.load_model()
+        reference = evaluate.Reference(model, tokenizer, tokens=512)
+        ids = calibration_ids(tokenizer, tokens=512, window=256)
+
+        def measure(outlier=False, **options):
+            model, _ = qlearn.load_model()
+            for i in range(8 if outlier else 0):
+                add_outlier(model, f"model.layers.{i}.self_attn.q_proj", channel=7, factor=64)
+            quantize_w8a8(model, calibration=ids, progress=False, **options)
+            return evaluate.kl_divergence(model, reference)
+
+        return measure
+
+    def test_dynamic_is_nearly_free(self, divergence):
+        assert divergence() < 0.01
+
+    def test_an_outlier_ruins_static_activations_and_smoothing_mends_them(self, divergence):
+        plain = divergence(activations="static")
+        assert divergence(True, activations="static") > 4 * plain
+        assert divergence(True, activations="static", smooth=0.5) < plain
