@@ -78,6 +78,7 @@ def measure(device="cpu", bits=BITS, tokens=None, parse=True):
     for name, recipe in recipes(bits).items():
         model, seconds, peak = _timed(recipe, device)
         row = evaluate.report(model, tokenizer, reference, name=name, parse=parse).as_dict()
+        del model  # or it would be counted in the next one's peak
         yield row | {"seconds_to_quantize": seconds, "peak_bytes": peak}
 
 
@@ -87,11 +88,12 @@ def _timed(recipe, device):
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # the workspaces of CUDA's libraries
     started = time.perf_counter()
     model = recipe(device)
     if cuda:
         torch.cuda.synchronize()
-    return model, time.perf_counter() - started, torch.cuda.max_memory_allocated() if cuda else None
+    return model, time.perf_counter() - started, torch.cuda.max_memory_allocated() - before if cuda else None
 
 
 def main(argv=None):
@@ -100,17 +102,18 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder to write; the package's results by default")
     parser.add_argument("--name", default="ptq", help="name of the results file")
+    parser.add_argument("--bits", type=int, nargs="+", default=BITS, choices=BITS, help="only the rows of these widths")
     options = parser.parse_args(argv)
     _warm_up(options.device)
-    rows = []
-    for row in measure(options.device):
-        rows.append(row)
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    record = provenance(f"python -m qlearn.bench.ptq --device {options.device}") | {
+    widths = " ".join(map(str, options.bits))
+    record = provenance(f"python -m qlearn.bench.ptq --device {options.device} --bits {widths}") | {
         "group_size": GROUP_SIZE,
-        "rows": rows,
+        "rows": [],
     }
-    write(options.name, record, options.out)
+    for row in measure(options.device, options.bits):
+        record["rows"].append(row)
+        write(options.name, record, options.out)
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
 def _warm_up(device):

@@ -30,7 +30,7 @@ from as many as there are levels (128 at 8 bits) up to all that are occupied:
          only over those that are not empty, as no value was ever there. What was beyond is missing from Q.
     KL   sum of p log(p / q) after both are divided by their sums
 
-and the i with the smallest divergence wins, the largest of equals; the limit is where its last bin ends. The traps:
+and the i with the smallest divergence wins; the limit is where its last bin ends. The traps:
 
 * Where the i-th bin is empty, clipping puts values where Q has none, and the divergence is infinite: such an i is out.
   (Other programs replace the zeros of Q by a small constant, and then the constant decides.)
@@ -134,8 +134,7 @@ class Entropy(Observer):
     def _choose(self, bits):
         levels = 2 ** (bits - 1)
         divergences = histogram_divergences(self.histogram.counts[: self.histogram.occupied], levels)
-        best = len(divergences) - 1 - int(divergences.flip(0).argmin())  # the last of the smallest
-        return (levels + best) * self.histogram.width
+        return (levels + int(divergences.argmin())) * self.histogram.width
 
 
 OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE, "entropy": Entropy}

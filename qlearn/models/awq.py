@@ -7,12 +7,12 @@ So they are searched together, and the error is measured where their outputs hav
 the smallest module that contains all of them, the attention or the MLP. A layer that reads a tensor alone is judged by
 its own output. The module is run again for each candidate, over a few windows of the calibration text.
 
-**Most of the 1/s cost nothing**, because a norm or a linear layer in front can divide (`folding.py`). Then the weight of
-the layer is multiplied by s once and for all and quantized as it is. Where none can, or where the search found that no
-scaling is best, `scale_block` says so.
+**Most of the 1/s cost nothing**, because a norm or a linear layer in front can divide (`folding.py`). Then the weight
+is multiplied by s once and for all, and quantized as it is. Where nothing can divide, s is handed on, to be stored with
+the matrix.
 
-As in the authors' code, all groups of a block are searched while its weights are still unrounded. Then scales are
-folded, then groups are clipped and rounded.
+As in the authors' code, all groups of a block are searched while its weights are still unrounded; then the scales are
+folded; then the groups of weights are clipped and rounded, which is not done here.
 """
 
 from itertools import takewhile
@@ -26,7 +26,7 @@ from qlearn.models.excerpt import excerpt
 from qlearn.models.folding import fold
 from qlearn.models.recording import call, hidden_states, hooks
 
-TOKENS = 2048  # what candidates are compared on; twice as many gave the same perplexities on the bundled model
+TOKENS = 2048  # what candidates are compared on; with twice as many the bundled model became no better
 
 
 def scale_block(block, groups, bits=4, group_size=None, *, scale=None, clip=True, tokens=TOKENS, **options):
@@ -35,7 +35,7 @@ def scale_block(block, groups, bits=4, group_size=None, *, scale=None, clip=True
     block: a `calibration.Block` whose layers at hand are still nn.Linear.
     groups: lists of names of layers that read the same tensor, as from `block.groups`.
     bits, group_size, options: as for `methods.awq`, to which they will be passed too; clip is of no influence here, and
-    a scale other than None is the answer for every layer.
+    a scale other than None becomes the answer for every layer, without a search.
     tokens: about how many tokens of the calibration text the candidates are compared on.
     Returns dict name -> what to give `methods.awq` as its `scale`, along with inputs that are collected anew: a tensor
     (in_features,) that is to be stored with the matrix; or the number 1, nothing to search and nothing to store, for a
@@ -53,24 +53,25 @@ def scale_block(block, groups, bits=4, group_size=None, *, scale=None, clip=True
     """
     if scale is not None:
         return {name: scale for group in groups for name in group}
-    groups = {group[0]: group for group in groups}
-    layers = {first: block.module.get_submodule(first) for first in groups}
-    inputs = block.collect(layers, hessian=False, sample=0)
-    around = {first: _module_around(block.module, group) for first, group in groups.items()}
-    runs = _runs(block, set(around.values()), tokens)
-    found = {}
-    for first, group in groups.items():
-        if inputs[first].count:
-            loss = _loss(block.module, around[first], group, runs[around[first]])
-            weights = [block.module.get_submodule(name).weight for name in group]
-            found[first] = search_scale(weights, bits, group_size, inputs=inputs[first], loss=loss, **options)
-    return {name: answer for first, s in found.items() for name, answer in _settle(block, groups[first], s).items()}
+    found, answers = _searches(block, groups, tokens, bits, group_size, options), {}
+    for group in groups:
+        search = found.get(group[0])
+        done = search is None or search.ratio == 0 or fold(block, group, search.scale)
+        answers |= dict.fromkeys(group, 1 if done else search.scale)
+    return answers
 
 
-def _settle(block, group, search):
-    """The answer for the layers of a group: fold the scale that was found, or pass it on."""
-    done = search.ratio == 0 or fold(block, group, search.scale)
-    return dict.fromkeys(group, 1 if done else search.scale)
+def _searches(block, groups, tokens, bits, group_size, options):
+    """The search of each group that is given any input: dict name of its first layer -> ScaleSearch."""
+    inputs = block.collect({g[0]: block.module.get_submodule(g[0]) for g in groups}, hessian=False, sample=0)
+    groups = [group for group in groups if inputs[group[0]].count]
+    around = [_module_around(block.module, group) for group in groups]
+    runs, found = _runs(block, set(around), tokens), {}
+    for path, group in zip(around, groups, strict=True):
+        weights = [block.module.get_submodule(name).weight for name in group]
+        loss = _loss(block.module, path, group, runs[path])
+        found[group[0]] = search_scale(weights, bits, group_size, inputs=inputs[group[0]], loss=loss, **options)
+    return found
 
 
 def _module_around(module, names):

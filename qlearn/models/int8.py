@@ -297,7 +297,7 @@ def _padded_int_mm(x_codes, w_codes):
     """torch._int_mm with zeros added up to the sizes that it takes on CUDA."""
     tokens, columns = x_codes.shape
     rows = len(w_codes)
-    more = -columns % 8
-    x = F.pad(x_codes, (0, more, 0, max(24 - tokens, -tokens % 8)))
+    more, below = -columns % 8, max(24 - tokens, -tokens % 8)
+    x = F.pad(x_codes, (0, more, 0, below)) if more or below else x_codes  # to pad by nothing would copy
     w = F.pad(w_codes, (0, more, 0, -rows % 8)) if more or rows % 8 else w_codes
     return torch._int_mm(x, w.T)[:tokens, :rows]

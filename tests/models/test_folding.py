@@ -222,7 +222,7 @@ def test_the_latest_that_fits_is_taken():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_bfloat16(make_model, name):
-    """Column times norm is off by no more than the rounding of the columns, 2**-9 of each."""
+    """Column times norm is off by no more than the rounding of the columns, 2**-8 of each."""
     block, _ = next(blocks(liven(make_model(name)).bfloat16()))
     offset = name == "gemma3"
     norm = block.module.input_layernorm.weight
@@ -230,7 +230,7 @@ def test_bfloat16(make_model, name):
     q = block.module.self_attn.q_proj.weight
     before = (norm.float() + offset) * q.float()
     assert fold(block, QKV, random_scale(32))
-    torch.testing.assert_close((norm.float() + offset) * q.float(), before, rtol=1.001 * 2**-9, atol=0)
+    torch.testing.assert_close((norm.float() + offset) * q.float(), before, rtol=1.001 * 2**-8, atol=0)
     assert norm.dtype == q.dtype == torch.bfloat16
 
 

@@ -5,7 +5,10 @@
     number_line             a still picture of the numbers of small formats;  number_line_explorer: drag x along one
     absmax_explorer         bits, who shares a scale, errors, true bits per weight;  outlier_explorer: one weight grows
     clip_explorer           where to cut the largest weights off
+    column_explorer         GPTQ, one column at a time, beside round-to-nearest
+    settling_explorer       a weight in training that belongs between two grid points
     zero_point_explorer     symmetric against asymmetric grids on shifted values
+    activation_explorer     one large number, or one large channel, in the inputs of an 8-bit layer
     text_breaker            what a model writes with fewer and fewer bits
 
 Each shows a line of text about its state, works from the keyboard, has a still picture for places where nothing is
@@ -14,9 +17,12 @@ live, and a `sweep()` that walks through all its states, for tests.
 
 from qlearn.course.live import LivePlot
 from qlearn.course.widgets.absmax import absmax_explorer, outlier_explorer
+from qlearn.course.widgets.activations import activation_explorer
 from qlearn.course.widgets.bits import BitExplorer
 from qlearn.course.widgets.clipping import clip_explorer
+from qlearn.course.widgets.column_by_column import column_explorer
 from qlearn.course.widgets.numberline import number_line, number_line_explorer
+from qlearn.course.widgets.settling import settling_explorer
 from qlearn.course.widgets.text import text_breaker
 from qlearn.course.widgets.zeropoint import zero_point_explorer
 
@@ -24,10 +30,13 @@ __all__ = [
     "BitExplorer",
     "LivePlot",
     "absmax_explorer",
+    "activation_explorer",
     "clip_explorer",
+    "column_explorer",
     "number_line",
     "number_line_explorer",
     "outlier_explorer",
+    "settling_explorer",
     "text_breaker",
     "zero_point_explorer",
 ]
