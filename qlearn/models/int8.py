@@ -192,6 +192,8 @@ def quantize_w8a8(
     >>> quantize_w8a8(model, progress=False).model.layers[0].mlp.down_proj
     Int8Linear(768, 256, bias=False, int8, 8.02 bits, inputs int8 dynamic)
     """
+    from qlearn.models.plugin import mark_quantized  # which imports this file, to save its layers
+
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
     make_observer(observer, **options)  # a mistake in these is found before the calibration, not after it
@@ -208,6 +210,7 @@ def quantize_w8a8(
     for name in tqdm(list(layers), desc=f"W8A8, {activations}", unit=" layers", disable=not progress):
         layer = layers.pop(name)  # let go of each float weight before the next one's turn
         replace_layers(model, {layer: Int8Linear(absmax(layer.weight, bits=8), layer.bias, scales.get(name))})
+    mark_quantized(model, "absmax", 8, None, skip, activations=activations)
     return model
 
 

@@ -53,7 +53,10 @@ class QuantLinear(nn.Module):
         """
         metadata = {"format": storage["format"], "shape": tuple(weight.shape), "block": tuple(storage["block"])}
         tensors = _empty_tensors(**metadata, types=storage["tensors"], device=weight.device)
-        return cls(QuantizedTensor.from_state(tensors, metadata), bias)
+        layer = cls(QuantizedTensor.from_state(tensors, metadata), bias)
+        for name in storage["tensors"].keys() - tensors.keys():  # a subclass may have a number of its own beside them
+            setattr(layer, name, torch.empty((), dtype=getattr(torch, storage["tensors"][name]), device=weight.device))
+        return layer
 
     def storage(self):
         """What a file has to say beside the tensors, when the size of the layer is known.

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import qlearn
 from qlearn.methods import CALIBRATED, METHODS
 from qlearn.models import QuantizationConfig, QuantLinear, load_model, quantize_model
+from qlearn.models.int8 import Int8Linear, quantize_w8a8
 from qlearn.models.loading import BUNDLED
 from qlearn.models.plugin import VERSION, CheckpointError
 
@@ -374,3 +375,24 @@ def test_a_method_that_learns_from_inputs(method, tmp_path):
     assert not torch.equal(logits(model), logits(rounded))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_integer_activations_come_back_too(activations, tmp_path):
+    arguments = {"skip": ["lm_head", "model.layers.[1-7].*"], "calibration": torch.arange(128).view(2, 64)}
+    model = quantize_w8a8(load_model(dtype=torch.bfloat16)[0], activations, progress=False, **arguments)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert type(again.model.layers[0].mlp.up_proj) is Int8Linear
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_layer_that_could_not_be_loaded_is_not_saved(model, tmp_path):
+    class Other(QuantLinear):
+        pass
+
+    quantized(model)
+    model.model.layers[0].mlp.up_proj = Other(model.model.layers[0].mlp.up_proj.quantized)
+    with pytest.raises(ValueError, match=r"layer \S+\.0\.mlp\.up_proj is of .*Other.*, which cannot be saved"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").iterdir())
