@@ -74,19 +74,17 @@ def variants(columns, outputs, tokens, device):
 
 
 def cpu_times(variants, seconds):
-    """Median seconds of one call, by variant."""
-    times = {}
-    for name, calls in variants.items():
-        calls[-1]()
-        took = []
-        for call in itertools.cycle(calls):
+    """Median seconds of one call, by variant. They take turns, so that a busy moment of the machine meets all alike."""
+    took, turns = {name: [] for name in variants}, {name: itertools.cycle(calls) for name, calls in variants.items()}
+    began = None
+    while True:
+        for name, calls in turns.items():
             started = time.perf_counter()
-            call()
-            took.append(time.perf_counter() - started)
-            if len(took) >= LEAST_REPEATS and sum(took) > seconds:
-                break
-        times[name] = statistics.median(took)
-    return times
+            next(calls)()
+            took[name].append(time.perf_counter() - started)
+        began = began or time.perf_counter()  # the first turn is the warm-up
+        if len(took[name]) > LEAST_REPEATS and time.perf_counter() - began > seconds * len(variants):
+            return {name: statistics.median(times[1:]) for name, times in took.items()}
 
 
 def gpu_times(variants, seconds):

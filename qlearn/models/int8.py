@@ -96,7 +96,7 @@ def quantize_tokens(x):
 
 def quantize_with(x, scale):
     """The codes of x on a given grid, clipped at its ends: int8, as x in shape.  scale: float32, broadcast over x."""
-    return (x.float() / scale).round().clamp(-QMAX, QMAX).to(torch.int8)
+    return (x.float() / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
 
 
 def int8_linear(x, w_codes, w_scale, input_scale=None, bias=None):
@@ -110,8 +110,8 @@ def int8_linear(x, w_codes, w_scale, input_scale=None, bias=None):
         codes, scale = quantize_tokens(x)
     else:
         codes, scale = quantize_with(x, input_scale), input_scale
-    y = int8_matmul(codes, w_codes).float() * scale * w_scale.float()
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    y = int8_matmul(codes, w_codes).float().mul_(scale).mul_(w_scale.float())  # in place: a copy costs more than this
+    return (y if bias is None else y.add_(bias.float())).to(x.dtype)
 
 
 class Int8Linear(QuantLinear):

@@ -71,6 +71,7 @@ def _megabytes_cases():
         Case("a scale for each row, more rows than columns", ([(768, 256)], 0, 4, None)),
         Case("a scale for each row, more columns than rows", ([(256, 768)], 0, 4, None)),
         Case("two matrices whose codes do not end with a byte", ([(1, 5), (3, 7)], 0, 3, None)),
+        Case("two more, each with a byte that is mostly empty", ([(1, 3), (3, 7)], 0, 3, None)),
         Case("groups of one", ([(4, 8)], 10, 2, 1)),
         Case("nothing is quantized", ([], 7_344_384, 4, 64)),
     ]
@@ -283,6 +284,13 @@ _MEGABYTES_MUTANTS = (
         "half a byte kept",
         lambda m, o, b, g=None: (sum(r * c * b / 8 + 2 * (r * c // (g or c)) for r, c in m) + 2 * o) / 1e6,
         "Only odd sizes are wrong: 15 bits of codes fill two bytes, not 1.875. Round up, for each matrix.",
+    ),
+    Mutant(
+        "rounded up once",
+        lambda m, o, b, g=None: (
+            (math.ceil(sum(r * c * b for r, c in m) / 8) + sum(2 * (r * c // (g or c)) for r, c in m) + 2 * o) / 1e6
+        ),
+        "Only odd sizes are wrong: each matrix begins with a byte of its own, so round up for each of them.",
     ),
 )
 

@@ -157,6 +157,8 @@ def _q4_0_cases():
     zeros[0, 32:] = 0
     opposite = torch.cat([torch.tensor([[1.0, -0.99, -0.9]]), 0.3 * _random(1, 29, seed=4)], 1)
     unequal = _random(2, 64, seed=3) * torch.tensor([0.01] * 32 + [5.0] * 32)
+    hair = 0.5 * _random(2, 32, seed=9)
+    hair[0, :2], hair[1, :3] = torch.tensor([-2.8, -1.575]), torch.tensor([-2.6, -2.4375, -1.7875])
     return [
         Case("the largest is negative", (-_random(1, 32).abs().sort().values,)),
         Case("the largest is positive", (_random(1, 32).abs().sort().values,)),
@@ -166,6 +168,7 @@ def _q4_0_cases():
         Case("rows of very different size", (sizes,)),
         Case("halfway between two grid points", (ties,)),
         Case("the same, turned round", (-ties,)),
+        Case("within a hair of halfway", (hair,)),
         Case("a weight near the other end", (opposite,)),
         Case("two equally large weights, the positive one first", (both,)),
         Case("two equally large weights, the negative one first", (-both,)),
@@ -482,15 +485,17 @@ def _q4_0(
     low=0,
     high=15,
     guard=True,
+    inverts=True,
 ):
     """`round_q4_0` with one thing different."""
     groups = weight.unflatten(-1, (-1, group))
     largest = _signed_largest if largest is None else largest
     d = largest(groups) / steps
-    divisor = coding(d)
+    inverse = 1 / coding(d)
     if guard:
-        divisor = torch.where(divisor == 0, 1, divisor)
-    codes = code(groups / divisor).clamp(low, high)
+        inverse = torch.where(d == 0, 0, inverse)
+    steps = groups * inverse if inverts else groups / torch.where(d == 0, 1, d)
+    codes = code(steps).clamp(low, high)
     return ((codes - 8) * stored(d)).flatten(-2)
 
 
@@ -545,30 +550,36 @@ _Q4_0_MUTANTS = (
         "This is what you get when d is stored as bfloat16: in the file it is a float16.",
     ),
     Mutant(
-        "divided by the float16",
+        "codes by the float16",
         lambda weight: _q4_0(weight, coding=lambda d: d.half().float()),
-        "This is what you get when the weights are divided by d after its rounding to float16: codes are found with "
-        "the float32, and only what is stored is rounded.",
+        "This is what you get when the codes are found with d after its rounding to float16: they are found with the "
+        "float32, and only what is stored is rounded.",
+    ),
+    Mutant(
+        "divided by d",
+        lambda weight: _q4_0(weight, inverts=False),
+        "Only weights within a hair of halfway differ: w / d and w * (1 / d) are rounded differently, and llama.cpp "
+        "multiplies by 1 / d. A file has to hold what the training saw, to the last bit.",
     ),
     Mutant(
         "ties to even",
         lambda weight: _q4_0(weight, code=lambda u: u.round() + 8),
-        "Only halves are wrong: torch.round takes them to the even number, trunc(w / d + 8.5) takes them up.",
+        "Only halves are wrong: torch.round takes them to the even number, trunc(w * (1 / d) + 8.5) takes them up.",
     ),
     Mutant(
         "half a step too much",
         lambda weight: _q4_0(weight, code=lambda u: (u + 8.5).round()),
-        "This is what you get when w / d + 8.5 is rounded: the 0.5 is there because trunc cuts off.",
+        "This is what you get when w * (1 / d) + 8.5 is rounded: the 0.5 is there because trunc cuts off.",
     ),
     Mutant(
         "half a step too little",
         lambda weight: _q4_0(weight, code=lambda u: (u + 8).trunc()),
-        "This is what you get when w / d + 8 is cut off: without the 0.5 every code is rounded down.",
+        "This is what you get when w * (1 / d) + 8 is cut off: without the 0.5 every code is rounded down.",
     ),
     Mutant(
         "cut off before the 8 is added",
         lambda weight: _q4_0(weight, code=lambda u: (u + 0.5).trunc() + 8),
-        "This is what you get when w / d + 0.5 is cut off: below zero that rounds towards zero, upwards. With 8.5 "
+        "This is what you get when w * (1 / d) + 0.5 is cut off: below zero that rounds towards zero, upwards. With 8.5 "
         "added nothing is below zero.",
     ),
     Mutant(
@@ -607,7 +618,7 @@ _Q4_0_MUTANTS = (
     Mutant(
         "no scale for zeros",
         lambda weight: _q4_0(weight, guard=False),
-        "Only the group of zeros is wrong: its d is 0, and 0 / 0 is NaN.",
+        "Only the group of zeros is wrong: its d is 0, 1 / d is infinite, and 0 times infinity is NaN.",
     ),
     Mutant(
         "the codes",
@@ -792,8 +803,8 @@ TASKS = (
         hints=(
             "unflatten(-1, (-1, 32)) gives groups. The largest weight with its sign is where abs() has its argmax, and "
             "gather fetches it.",
-            "d = largest / -8; codes = (groups / d + 8.5).trunc().clamp(max=15), where d is 0 divide by 1; the values "
-            "are (codes - 8) * d.half().float(), flattened.",
+            "d = largest / -8; inverse = torch.where(d == 0, 0, 1 / d); codes = (groups * inverse + 8.5).trunc() up to "
+            "15; the values are (codes - 8) * d.half().float(), flattened.",
         ),
         mutants=_Q4_0_MUTANTS,
     ),

@@ -42,7 +42,7 @@ class ColumnExplorer(LivePlot):
         self._known = {}
         low, high = measure.bit_range(bits)[0], measure.bit_range(bits)[-1]
         controls = {
-            "rounded": ipywidgets.IntSlider(min=0, max=columns, value=0, description="columns rounded"),
+            "rounded": ipywidgets.IntSlider(min=0, max=columns, value=columns // 2, description="columns rounded"),
             "method": ipywidgets.Dropdown(options=list(METHODS), value="GPTQ"),
             "bits": ipywidgets.IntSlider(min=low, max=high, value=min(max(3, low), high)),
         }
