@@ -135,11 +135,12 @@ def distillation_loss(student_logits, teacher_logits):
 
     student_logits, teacher_logits: (..., vocabulary), any floating dtype; computed in float32.
 
-    >>> distillation_loss(torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log())
+    >>> distillation_loss(torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log())
     tensor(0.1438)
     """
-    student = F.log_softmax(student_logits.float(), -1).flatten(0, -2)
-    teacher = F.log_softmax(teacher_logits.float(), -1).flatten(0, -2)
+    vocabulary = student_logits.shape[-1]
+    student = F.log_softmax(student_logits.float(), -1).reshape(-1, vocabulary)
+    teacher = F.log_softmax(teacher_logits.float(), -1).reshape(-1, vocabulary)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 

@@ -25,7 +25,17 @@ from qlearn.models.recording import forward, watching
 
 IDS = torch.arange(96).view(4, 24)
 
-SHAPES = [(1, 8, 8), (1, 1, 1), (7, 33, 5), (16, 256, 768), (33, 4096, 16), (0, 8, 8), (17, 8, 0)]
+SHAPES = [
+    (3, 1, 4),
+    (40, 1, 24),
+    (1, 8, 8),
+    (1, 1, 1),
+    (7, 33, 5),
+    (16, 256, 768),
+    (33, 4096, 16),
+    (0, 8, 8),
+    (17, 8, 0),
+]
 
 
 def random_codes(rows, columns, low=-128, high=128):
