@@ -78,6 +78,7 @@ assert not (H @ [Fraction(-3, 10), Fraction(1, 10), Fraction(1, 10)])[1:].any()
 assert not (H @ [Fraction(-3, 10), Fraction(-3, 10), Fraction(3, 10)])[2:].any()
 nearest, spread = np.zeros(3), np.array([0, 0, 1])
 assert error(spread) == Fraction(68, 100)
+assert 2.4 < ((spread - 0.3) ** 2).sum() / ((nearest - 0.3) ** 2).sum() < 2.5
 course.table(outputs=x @ np.full(3, 0.3), nearest=x @ nearest, spread=x @ spread)
 
 # %% [markdown]
@@ -117,7 +118,7 @@ rows, H6 = torch.randn(400, 6, generator=generator), 2 / 64 * x6.T @ x6
 
 
 def errors(stored):
-    """Δ H Δᵀ for each of the last axis."""
+    """Δ H Δᵀ of each row."""
     return ((stored - rows) @ H6 * (stored - rows)).sum(-1)
 
 
@@ -182,11 +183,11 @@ left = output_error(weight, gptq, statistics) / output_error(weight, rtn, statis
 grown = ((gptq.dequantize() - weight).square().sum() / (rtn.dequantize() - weight).square().sum()).item()
 changed = (gptq.codes() != rtn.codes()).float().mean()
 print(f"codes that are not the nearest: {changed:.0%};  squared errors of the weights: {grown:.2f} times RTN's")
-assert torch.equal(gptq.scales, rtn.scales) and left < 0.3 and grown > 1.5 and changed < 0.3
+assert torch.equal(gptq.scales, rtn.scales) and left < 0.25 and grown > 1.5 and 0.1 < changed < 0.3
 course.reveal("gptq-left", 100 * left, unit="%")
 
 # %% [markdown]
-# One code in five is another, the weights are further off than before, and less than a fifth of the output's error is left.
+# One code in five is another, the weights are further off than before, and about a fifth of the output's error is left.
 #
 # Why does this work so well? Rounding one weight and leaving all others alone adds e² H_ii to the error. If all others could make up for
 # it, e² / [H⁻¹]_ii would remain. So 1 / (H_ii · [H⁻¹]_ii) is the share of a channel that no other channel can stand in for.
@@ -197,7 +198,7 @@ own = 1 / (hessian.diagonal() * torch.linalg.inv(hessian.double()).diagonal())
 size = (hessian.diagonal() / 2).sqrt()
 picture, axes = course.plots.figure(9, 3.2, columns=2, alt="Most channels keep less than a quarter for themselves; one channel is far larger than all others.")
 axes[0].hist(100 * own, bins=30, color=course.plots.COLORS["original"])
-axes[0].set(title="what is a channel's own", xlabel="share that no other can stand in for (%)", ylabel="channels", xlim=(0, 100))
+axes[0].set(title="what is a channel's own", xlabel="share that no other can stand in for (%)", ylabel="channels", xlim=(0, 40))
 axes[1].semilogy(size, color=course.plots.COLORS["original"], linewidth=1)
 axes[1].set(title="how large each one is", xlabel="channel", ylabel="root mean square input")
 picture
@@ -267,7 +268,7 @@ for function in (definition, with_cholesky, package):
     found[function.__name__] = function(weight, damped)
     print(f"{function.__name__:14} {1000 * (time.perf_counter() - began):8.1f} ms")
 
-# %% tags=["nbval-check-output"]
+# %%
 assert torch.equal(found["definition"], found["with_cholesky"])
 same = torch.isclose(found["definition"], found["package"], atol=1e-5).all(1)
 print(f"rows that are the same in all three: {same.float().mean():.0%}")
@@ -275,8 +276,8 @@ assert same.float().mean() > 0.95  # a tie that float32 breaks otherwise would c
 
 # %% [markdown]
 # The package computes in float32 and in **blocks** of 128 columns: within a block each column updates the rest of the block only, and one
-# matrix product brings all errors of the block to the columns behind it. The result is the same; the work has become large matrix products,
-# and on a GPU that is everything. On the CPU, for a layer of 768 columns:
+# matrix product brings all errors of the block to the columns behind it. The result is the same, and most of the work has become matrix
+# products, which is what a GPU is fast at. On the CPU, for a layer of 768 columns:
 
 # %%
 down, down_statistics = weights["mlp.down_proj"], seen["mlp.down_proj"]
@@ -314,33 +315,40 @@ for method in ("round to nearest", "GPTQ", "GPTQ, largest input first"):
         print(explorer.summary)
 
 # %% [markdown]
-# **What you should have seen.** Half way GPTQ has less than a fifth of RTN's error: enough columns are left to take it. Their shifts, pale
-# at first, grow to half a step. In the end nobody is left. The last two columns bring most of the error, as their inputs are large and the
-# others can no longer help.
+# **What you should have seen.** Half way GPTQ has less than a fifth of RTN's error: enough columns are left to take it. Their shifts grow to
+# half a step. The last two columns bring most of the error, as their inputs are large and nobody is left to help.
 #
 # Begin with those two, and the error is larger half way and far smaller at the end. At 2 bits and at 4 it is the same story: the order is
 # worth a factor of two and more *here*, where the matrix was made for it.
 #
 # ## The order
 #
-# `act_order="static"` sorts the columns by the diagonal of H, largest first. What is it worth in our layers, on text that GPTQ has not seen?
+# `act_order="static"` sorts the columns by the diagonal of H, largest first. (Other programs call it `desc_act`.)
 
 # %%
+print("the first columns would be", hessian.diagonal().argsort(descending=True)[:6].tolist())
+
+# %% [markdown]
+# What is it worth in our layers, on text that GPTQ has not seen?
+
+# %%
+ORDERS = {"as they come": {}, "grids set first": {"static_groups": True}, "largest first": {"act_order": "static"}, "in groups": {"act_order": "group"}}
 print("error left, in % of RTN's, 3 bits in groups of 64, on the evaluation text")
-print(f"{'':18}" + "".join(f"{name:>14}" for name in ("as they come", "largest first", "in groups")))
+print(f"{'':18}" + "".join(f"{name:>17}" for name in ORDERS))
+left = {}
 for name in LAYERS:
-    base = output_error(weights[name], qlearn.quantize(weights[name], "zero_point", bits=3, group_size=64), held_out[name])
-    found = [
-        output_error(weights[name], qlearn.quantize(weights[name], "gptq", bits=3, group_size=64, inputs=seen[name], act_order=order), held_out[name])
-        for order in (False, "static", "group")
-    ]
-    print(f"{name:18}" + "".join(f"{100 * value / base:14.0f}" for value in found))
-    assert found[1] < 1.05 * found[0]
+    rtn = output_error(weights[name], qlearn.quantize(weights[name], "zero_point", bits=3, group_size=64), held_out[name])
+    for order, options in ORDERS.items():
+        qt = qlearn.quantize(weights[name], "gptq", bits=3, group_size=64, inputs=seen[name], **options)
+        left[name, order] = output_error(weights[name], qt, held_out[name]) / rtn
+    print(f"{name:18}" + "".join(f"{100 * left[name, order]:17.0f}" for order in ORDERS))
+assert all(left[name, "largest first"] < 1.05 * left[name, "as they come"] for name in LAYERS)
+assert left["self_attn.k_proj", "as they come"] < 0.35 and 0.65 < left["mlp.down_proj", "as they come"] < 0.85
 
 # %% [markdown]
 # It helps, a little: some percent of what is left, more in one layer. Codes are stored in the original order, so it costs nothing when the
-# model runs. With groups there is a price: the columns of a group come at different times, so the grids must be fixed in the beginning.
-# (`"group"` sorts groups, and columns within each, so that they can be set late.)
+# model runs. The columns of a group are then rounded at different times, so its grid has to be set first, from the original weights; the second
+# column says that this hardly matters here. (`"group"` sorts groups, and columns within each, so that grids can be set late.)
 #
 # And look at the last row. In `k_proj` three quarters of the error are gone, in `down_proj` one quarter. What is the matter there?
 #
@@ -365,7 +373,7 @@ for tokens in (256, 512, 1024, 2048, 4096):
 assert by_tokens[256][0] < 30 and by_tokens[256][1] > 110 and by_tokens[4096][1] < by_tokens[256][1] / 1.5
 
 # %% [markdown]
-# With 256 tokens GPTQ looks brilliant on these tokens, and is worse than RTN on any other text. An H from 256 tokens has nothing to say about
+# With 256 tokens GPTQ looks brilliant on these tokens, and is worse than RTN on other text. An H from 256 tokens has nothing to say about
 # most directions of a space with 768, so errors are pushed to where the tokens happen not to look. Whoever measures on the calibration text
 # will not notice.
 #
@@ -377,7 +385,7 @@ for name in LAYERS:
 assert error_left("self_attn.k_proj", noise["self_attn.k_proj"], held_out["self_attn.k_proj"]) > 1.5 * error_left("self_attn.k_proj", seen["self_attn.k_proj"], held_out["self_attn.k_proj"])
 
 # %% [markdown]
-# Random tokens still show which channels are large, and little of how they go together. We shall see what that does to the model.
+# Random tokens make the channels go together in other ways than text does. We shall see what that does to the model.
 #
 # ## Not positive-definite
 #
@@ -394,8 +402,8 @@ print(f"{torch.linalg.matrix_rank(few.sample).item()} of {len(few.hessian)} dire
 
 # %% [markdown]
 # It also happens with many tokens, when channels are copies of each other, or a few are enormous. The remedy is **damping**: `percdamp`
-# times the mean of the diagonal is added to the diagonal, as if every channel carried a little noise of its own. 0.01 is customary. Where that
-# is not enough, ours adds more by itself, and says so:
+# times the mean of the diagonal is added to the diagonal, as if every channel carried a little noise of its own. 0.01 is customary.
+# (Elsewhere it is called `damp_percent` or `dampening_frac`.) Where that is not enough, ours adds more by itself, and says so:
 
 # %%
 with warnings.catch_warnings(record=True) as caught:
@@ -422,39 +430,42 @@ axes[0].set_ylabel("error left (% of RTN's)")
 axes[0].legend()
 picture
 
+# %% [markdown]
+# Not only a repair. For `k_proj`, 0.01 is as good as any. For `down_proj`, with three times as many columns, a hundred times as much is
+# better on text that was not seen, and nothing on the calibration text would tell you. What damping suppresses are the small directions of
+# H, and those are the ones that a few thousand tokens get wrong. Statisticians call it ridge regression. Calibrate with more tokens if you
+# can; if not, damp more.
+
 # %%
 for name, curve in best.items():
     print(f"{name:18} on other text: {curve[2]:.0f} % with 0.01, least {min(curve):.0f} % with {dampings[int(np.argmin(curve))]:g}")
 assert min(best["mlp.down_proj"]) < 0.9 * best["mlp.down_proj"][2]
 
 # %% [markdown]
-# Not only a repair. For `k_proj`, 0.01 is as good as any. For `down_proj`, with three times as many columns, a hundred times as much is
-# better on text that was not seen, and nothing on the calibration text would tell you. What damping suppresses are the small directions of
-# H, and those are the ones that a few thousand tokens get wrong. Statisticians call it ridge regression. Calibrate with more tokens if you
-# can; if not, damp more.
-#
 # ## AWQ: another idea
 #
-# GPTQ moves weights to where rounding hurts less. **AWQ** makes rounding hurt less where it matters. A few channels of the input are much
-# larger than all others, and an error in a weight reaches the output multiplied by its input. So before rounding, multiply
-# the columns that read large channels by s, and divide the channels by the same s: nothing has changed,
-#
-# W x = (W · s) (x / s)
-#
-# but what is rounded is W · s, and afterwards its error is divided by s. By hand, on a 2×4 matrix whose second channel is ten times as
-# large as the others:
+# GPTQ moves weights to where rounding hurts less. **AWQ** makes rounding hurt less where it matters. An error in a weight reaches the output
+# multiplied by its input, and a few channels are much larger than all others. So multiply the columns that read them by s, and divide the
+# channels by the same s: W x = (W · s) (x / s). A 2×4 matrix, its second channel ten times as large as the others:
 
 # %% tags=["nbval-check-output"]
 w = torch.tensor([[1.0, 0.1, -0.75, 0.4], [-0.75, 0.15, 1.0, -0.2]])
 x = torch.tensor([1.0, 10.0, 1.0, 1.0])
 s = torch.tensor([1.0, 4.0, 1.0, 1.0])
-plain, scaled = (qlearn.quantize(m, "zero_point", bits=3) for m in (w, w * s))
-assert torch.equal((w * s) @ (x / s), w @ x) and plain.scales.unique().tolist() == scaled.scales.unique().tolist() == [0.25]
-course.table(original=w, nearest=plain.dequantize(), scaled=w * s, rounded_scaled=scaled.dequantize(), divided_again=scaled.dequantize() / s)
+assert torch.equal((w * s) @ (x / s), w @ x)
+course.table(weight=w, scaled=w * s)
 
 # %% [markdown]
-# Both grids have the step 0.25. The weights of the second column, 0.1 and 0.15, were rounded to 0 and 0.25. As 0.4 and 0.6 both go to 0.5, and
-# divided again to 0.125: a quarter of the error. But do not overdo it:
+# Nothing has changed, but what is rounded now is W · s, and its error is divided by s afterwards. At 3 bits:
+
+# %% tags=["nbval-check-output"]
+plain, scaled = (qlearn.quantize(m, "zero_point", bits=3) for m in (w, w * s))
+assert plain.scales.unique().tolist() == scaled.scales.unique().tolist() == [0.25]
+course.table(nearest=plain.dequantize(), scaled_rounded=scaled.dequantize(), divided_again=scaled.dequantize() / s)
+
+# %% [markdown]
+# Both grids have the step 0.25. The weights of the second column, 0.1 and 0.15, were rounded to 0 and 0.25. Four times as large, both go to
+# 0.5, and back to 0.125 (the table rounds it): a quarter of the error. But do not overdo it:
 
 # %% tags=["nbval-check-output"]
 for factor in (1, 2, 4, 8, 16, 32):
@@ -464,8 +475,8 @@ for factor in (1, 2, 4, 8, 16, 32):
     print(f"s = {factor:2}: steps {[round(v, 2) for v in qt.scales[:, 0].tolist()]}  outputs off by {[round(v, 2) for v in off.tolist()]}")
 
 # %% [markdown]
-# From s = 8 on the second column has the largest weight of a row, and stretches its grid. At 32 the other columns pay more for that than the
-# second one gains.
+# From s = 8 on the second column has the largest weight of a row, and stretches its grid. At 32 the first output is worse again: the other
+# columns of its row pay.
 #
 # So AWQ tries. Its candidates are s = mean |x| to the power of a **ratio**: 0 scales nothing, 1 would make all channels equally large.
 # The best of twenty is kept, by the error of the output. No Hessian, no inverse, one number fitted for a layer. On ours:
@@ -484,7 +495,7 @@ picture
 # %%
 for bits, search in found.items():
     print(f"{bits} bits: best ratio {search.ratio}, {search.losses[search.ratio] / search.losses[0]:.2f} of the error; scales from {search.scale.min():.2f} to {search.scale.max():.2f}")
-    assert 0 < search.ratio < 0.7 and search.losses[search.ratio] < 0.9 * search.losses[0]
+    assert 0 < search.ratio < 0.7 and search.losses[search.ratio] < 0.85 * search.losses[0]
 
 # %% [markdown]
 # A fifth or more of the error, in the layer with the largest outlier. The dip is shallow, but it was paid with one fitted number, and one
@@ -589,8 +600,12 @@ for name in ("AWQ", "GPTQ", "GPTQ, random tokens", "GPTQ, order, clip"):
 # %% [markdown]
 # Calibrated on random tokens GPTQ loses most of what it had gained. The text must be of the kind that the model will read.
 #
-# And the best row is GPTQ with a clip. Where a grid ends and which codes are chosen on it are two questions. Methods are told as rivals
-# that answer different ones.
+# And the best row is GPTQ with a clip. Where a grid ends and which codes are chosen on it are two questions. Methods that are told as rivals
+# answer different ones, and add up.
+#
+# ## The board
+#
+# Where two points nearly cover each other, their difference is less than 4,096 tokens can tell.
 
 # %%
 course.board.add("unquantized", 16, math.log(rows["unquantized"].perplexity))
@@ -623,8 +638,8 @@ print(f"2 bits, KLD: RTN with clipping {two['RTN with clipping'].kl_divergence:.
 
 # %% [markdown]
 # Of the first five, GPTQ with order and clip is best at every width. At 2 bits GPTQ alone is no better than RTN with a clip: four rulings
-# from the smallest weight to the largest are a bad grid, and no choice of codes mends it. But no row is usable there without training: QAT,
-# lesson 05, has less than a third of the divergence (at 2.5 bits, groups of 32, and after training on a GPU).
+# from the smallest weight to the largest are a bad grid, and no choice of codes mends it. But none of the five is usable at 2 bits. QAT,
+# lesson 05, has less than a third of the best one's divergence (at 2.5 bits, groups of 32, and after training on a GPU).
 #
 # What does it cost for a model that people use? One block of Llama-3.1-8B's shape, 218 million random weights, 4 bits in groups of 128:
 
@@ -635,9 +650,12 @@ for row in block_results["rows"]:
     print(f"{row['method']:10} {row['bits_per_weight']:.3f} bits  {row['seconds']:6.2f} s  {row['peak_bytes'] / 2**30:5.2f} GiB at the peak")
 seconds = {row["method"]: row["seconds"] for row in block_results["rows"]}
 print(f"32 blocks: GPTQ {32 * seconds['gptq'] / 60:.1f} minutes, AWQ {32 * seconds['awq'] / 60:.1f} minutes")
+print(f"the Hessian of down_proj alone, 14336 x 14336 in float32: {4 * 14336**2 / 2**30:.2f} GiB")
 assert seconds["gptq"] > seconds["awq"] > 10 * seconds["zero_point"]
 
 # %% [markdown]
+# RTN is done at once. GPTQ and AWQ take minutes for the whole model, and GPTQ the memory of some very large matrices.
+#
 # ## Find the bug
 #
 # Somebody wrote a GPTQ, and it is *worse* than round-to-nearest. Here is the error after each column. Where does it go wrong: early, late,
@@ -681,13 +699,6 @@ assert curve[0] > 1.5 * nearest[0] > 1.5 * right[0] and curve[-1] > nearest[-1]
 # It is worse after the very first column. So it is nothing that builds up, no order, no damping that is a little off: already the first
 # shift is wrong. The sign and the division are as they should be. What about U? It is upper triangular, as it should be. Which product is the
 # inverse?
-#
-# <details><summary>The bug</summary>
-#
-# From H = L Lᵀ follows H⁻¹ = L⁻ᵀ L⁻¹. With U = L⁻ᵀ that is U Uᵀ, but GPTQ needs Uᵀ U. Both factors are upper triangular, and they are
-# different. First invert, then factor: `torch.linalg.cholesky(torch.linalg.inv(H), upper=True)`. (The package gets the same from L without
-# inverting H: it factors H with its columns in reverse order.)
-# </details>
 
 # %% tags=["nbval-check-output"]
 wrong = torch.linalg.inv(torch.linalg.cholesky(damped)).T
@@ -695,6 +706,13 @@ for name, matrix in (("Uᵀ U", wrong.T @ wrong), ("U Uᵀ", wrong @ wrong.T)):
     print(f"the suspect's {name} times H is the identity: {torch.allclose(matrix @ damped, torch.eye(256).double(), atol=1e-6)}")
 
 # %% [markdown]
+# <details><summary>The bug</summary>
+#
+# From H = L Lᵀ follows H⁻¹ = L⁻ᵀ L⁻¹. With U = L⁻ᵀ that is U Uᵀ, but GPTQ needs Uᵀ U. Both factors are upper triangular, and they are
+# different. First invert, then factor: `torch.linalg.cholesky(torch.linalg.inv(H), upper=True)`. (The package gets the same from L without
+# inverting H: it factors H with its columns in reverse order.)
+# </details>
+#
 # Here are other bugs that are often made, and what their curves would show:
 
 # %%

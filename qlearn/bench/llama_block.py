@@ -13,8 +13,8 @@ values. The error of the block's output does, so it says that the methods work, 
 Each method has a process of its own, and its peak is no other's: on a CPU that of the whole process, on a GPU that of
 the tensors. The method is first run on a tiny block, so that what is loaded and set up once is not counted.
 
-On two CPU cores GPTQ takes some minutes: the Hessian of the last projection is 14336 x 14336, and is factorized in
-float32.
+On two CPU cores GPTQ takes some minutes, for the Hessian of the last projection is 14336 x 14336, and is factorized in
+float32. AWQ takes longer still: it runs the MLP anew for each scale that it tries.
 """
 
 import argparse
@@ -132,13 +132,12 @@ def _peak_of_process():
 
 
 def measure_all(device="cpu", tokens=2048, shape=LLAMA_8B, methods=METHODS):
-    """Every method, each in a process of its own. Returns a list of what `measure` returns."""
-    rows = []
+    """Every method, each in a process of its own. Yields what `measure` returns."""
     for method in methods:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows.append(pool.submit(_warm_and_measure, method, device, tokens, shape).result())
-        print(describe(rows[-1]), flush=True)
-    return rows
+            row = pool.submit(_warm_and_measure, method, device, tokens, shape).result()
+        print(describe(row), flush=True)
+        yield row
 
 
 def _warm_and_measure(method, device, tokens, shape):
@@ -173,9 +172,11 @@ def main():
         "tokens": tokens,
         "bits": BITS,
         "group_size": GROUP_SIZE,
-        "rows": measure_all(options.device, tokens),
+        "rows": [],
     }
-    write(out.stem, record, out.parent if options.out else None)
+    for row in measure_all(options.device, tokens):
+        record["rows"].append(row)
+        write(out.stem, record, out.parent if options.out else None)
 
 
 if __name__ == "__main__":

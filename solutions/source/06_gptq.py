@@ -108,12 +108,14 @@ generator = torch.Generator().manual_seed(0)
 inputs = torch.randn(200, 4, generator=generator) @ torch.randn(4, 8, generator=generator) + 0.3 * torch.randn(200, 8, generator=generator)
 H, weight = hessian(inputs).double(), torch.randn(5, 8, generator=generator).double()
 
+# %% qlearn={"show": true}
 unshifted = weight.clone()
 unshifted[:, 2] = weight[:, 2].round()
 shift = spread_error(weight, 2, weight[:, 2].round(), inverse_factor(H, 0.0)) - unshifted
 times = torch.linspace(-0.5, 2.5, 61).tolist()
 errors = [((d := unshifted + t * shift - weight) @ H * d).sum().item() for t in times]
 
+# %% qlearn={"show": true}
 picture, axes = course.plots.figure(6, 2.8, alt="Output error against the size of the shift: a parabola.")
 axes.plot(times, errors, color=course.plots.COLORS["error"])
 axes.axvline(1, color=course.plots.COLORS["marker"], linestyle=":", label="your shift")
@@ -125,13 +127,14 @@ picture
 # Put it together: from the first column to the last, round and spread. At the start of each group its grid is fitted anew, to the columns of the
 # group as they are *by then*. Two helpers are given. `grid` fits the zero-point grids of some columns, `on_grid` rounds a column.
 
-# %% qlearn={"show": true}
+# %%
 def grid(columns, bits):
     """columns: (rows, n).  Returns scale and zero, two tensors (rows,): one grid for each row."""
     fitted = qlearn.quantize(columns, "zero_point", bits=bits)
     return fitted.scales.double()[:, 0], fitted.zero_points().double()[:, 0]
 
 
+# %%
 def on_grid(column, scale, zero, bits):
     """column: (rows,).  Returns the nearest numbers of the grids, (rows,)."""
     codes = (torch.round(column / scale) + zero).clamp(0, 2**bits - 1)
@@ -229,18 +232,20 @@ def inputs_of(text):
     return kept[0].flatten(0, 1)
 
 
+# %% qlearn={"show": true}
 calibration, other = inputs_of(qlearn.evaluate.calibration_text()), inputs_of(qlearn.evaluate.evaluation_text())
 
-# %% qlearn={"show": true}
 weight = block.self_attn.k_proj.weight
 H = hessian(calibration).double()
 
 
+# %% qlearn={"show": true}
 def error(quantized):
     """Of the output on other text, in % of the output."""
     return 100 * (((quantized - weight) @ other.T).square().sum() / (weight @ other.T).square().sum()).item()
 
 
+# %% qlearn={"show": true}
 nearest = qlearn.quantize(weight, "zero_point", bits=3, group_size=64).dequantize()
 yours = quantize(weight.double(), H, bits=3, group_size=64).float()
 package = qlearn.quantize(weight, "gptq", bits=3, group_size=64, inputs=calibration).dequantize()
@@ -258,6 +263,7 @@ for ratio in [i / 10 for i in range(10)]:
     losses[ratio] = ((candidate - weight) @ calibration.T).square().mean().item()
 best = min(losses, key=losses.get)
 
+# %% qlearn={"show": true}
 s = awq_scale(calibration, best)
 norm, (scaled,) = fold(block.input_layernorm.weight, [weight], s)
 divided = calibration * norm / block.input_layernorm.weight  # what the new norm would put out
