@@ -176,7 +176,7 @@ course.hint("start_here.packed_size")
 # | 01 | [Bits](01_bits.ipynb) | 60 | what a stored number is: fields, rounding, FP32 down to FP4 |
 # | 02 | [Absmax](02_absmax.ipynb) | 45 | one ruler for many weights; six decibels a bit; what scales cost |
 # | 03 | [Zero-point](03_zero_point.ipynb) | 55 | lopsided rulers, integer matrix products, where to clip |
-# | 04 | [Whole models](04_ptq.ipynb) | 60 | what a model weighs; activations in 8 bits, calibration, outliers |
+# | 04 | [Whole models](04_ptq.ipynb) | 80 | what a model weighs; activations in 8 bits, calibration, outliers |
 # | 05 | [QAT](05_qat.ipynb) | 80 | training under rounding: gradients through a staircase; learning from the unquantized model |
 # | 06 | [GPTQ and AWQ](06_gptq.ipynb) | 70 | round one weight, let the others make up for it |
 #

@@ -6,12 +6,13 @@
 # %% [markdown]
 # # 05 · QAT: a training that sees the rounding
 #
-# **In 60 minutes** you will know how a gradient gets through a function that has none, why a weight in such a training never quite
-# settles, how a model learns from its own unrounded self, and what that gives back at 4, 3 and 2 bits. You need lessons 02 and 03.
+# **In 80 minutes** you will know QAT, **quantization-aware training**: how a gradient gets through a function that has none, why a weight in
+# such a training never quite settles, how a model learns from its own unrounded self, and what that gives back at 4, 3 and 2 bits. You need
+# lessons 02 and 03.
 #
 # **The question.** Rounded to 2 bits in groups of 32, our model writes nonsense: its perplexity is more than seven times what it was. Now
-# it may practise for 40 seconds on this machine, with its rounding switched on. The bits stay what they are. What share of the
-# increase will be gone?
+# it may practise for 30 seconds on this machine, with its rounding switched on. At the end it still has 2 bits per weight. What share of
+# the increase will be gone?
 
 # %%
 import copy
@@ -32,7 +33,7 @@ from qlearn.formats.integers import Integers
 from qlearn.training import fake_quant, qat
 from qlearn.training.fake_quant import fake_quantize, fake_round
 
-course.predict("of the increase in perplexity removed by 40 seconds of training, in %", low=0, high=100, key="qat-40-seconds")
+course.predict("of the increase in perplexity removed by 30 seconds of training, in %", low=0, high=100, key="qat-30-seconds")
 
 # %%
 model, tokenizer = qlearn.load_model()
@@ -119,11 +120,11 @@ assert abs(rounded(x).sum()) < 1e-3 and torch.allclose(x.grad, torch.tensor(-0.4
 course.table(before=rounded(w), gradient=x.grad, latent=x, after=rounded(x))
 
 # %% [markdown]
-# The output was −0.5, too small by 0.4, so all eight were told to grow, and moved by 0.05. One of them, 0.2, crossed its edge, and the
-# output is 0: closer.
+# The output was −0.5, too small by 0.4, so all eight were told to grow, and moved by 0.05. Now the output is 0: closer. 0.2 reached 0.25, and
+# passed its edge because that had moved, too: the largest weight went from −1 to −0.95, and the grid hangs on it.
 #
-# Look at the others, though. They did not cross anything, and came back changed: the largest weight had grown as well, from −1 to −0.95,
-# and the grid hangs on it. We shall come back to that. First the package's function.
+# That is also why others came back changed without crossing anything. We shall return to it. Rounding forward, and keeping floats behind it, is
+# called **fake quantization**. The package's function:
 
 # %%
 course.source_of(fake_quantize)
@@ -145,9 +146,9 @@ print("values and gradients are ours")
 # %% [markdown]
 # ## Beyond the end: the clip mask
 #
-# 0.85 is not rounded to 0.5, it is **cut off**: there the staircase has no more steps. Told to grow, it would grow for ever, with nobody
-# noticing, and when it is told to come back it has all that way to go. So its gradient is set to zero: that of each weight which is more
-# than half a step beyond the end of the grid.
+# 0.85 is not rounded to 0.5, it is **cut off**: 0.9 or 0.99 would come back as 0.5, too. To this weight the staircase is flat for good, and
+# slope 1 would let it drift ever further out without any effect. So a weight that is more than half a step beyond the end of the grid gets no
+# gradient, in either direction. It stays where it is until the grid, which hangs on the largest weight, moves.
 
 # %% tags=["nbval-check-output"]
 y = w[None].clone().requires_grad_()
@@ -190,8 +191,8 @@ course.table(latent=w, gradient=x.grad)
 
 # %% [markdown]
 # Only the first differs from before. Its gradient is now a mixture: as a weight it should grow, and so should the step of the grid, which
-# means that −1 should move outwards. Such a gradient for the scale is due to LSQ (Esser and others, 2019), where the scale is a parameter of its
-# own. Whether it helps we shall see in the measurements.
+# means that −1 should move outwards. Together −0.22: it still moves inwards, but about half as fast. Such a gradient is due to LSQ (learned
+# step size quantization; Esser and others, 2019), where the scale is a parameter of its own. Whether it helps we shall see in the measurements.
 #
 # ## Parity
 #
@@ -288,8 +289,9 @@ print(stored.shape[1], "bytes a row,", 8 * stored.numel() / matrix.numel(), "bit
 #
 # ## Drag it: a weight that does not settle
 #
-# One weight, alone. Its best value, the **target**, lies between two grid points, 0.3 of the way. It starts there, and the model sees 0:
-# too small, grow. So it walks up to the edge at 0.5. And then?
+# One weight, alone. Its best value, the **target**, lies between two grid points, 0.3 of the way. The loss is ½ · (rounded − target)²; its
+# gradient, rounded − target, goes to the latent weight. That starts at the target, and the model sees 0: too small, grow. So it walks up to
+# the edge at 0.5. And then?
 #
 # Before you drag: with a learning rate ten times smaller, how often does the *rounded* weight jump? And what is it on average?
 
@@ -362,10 +364,15 @@ assert np.mean(runs["rate 0.03"][-100:]) > 1.3 * np.mean(runs["rate 0.01"][-100:
 picture
 
 # %% [markdown]
-# At a high constant rate many weights stand at their edges and are pushed over together: worse than nearest. At a third of the rate fewer jump at
-# a time. With a falling rate the error first rises too, then ends at less than a third of nearest, **in the last part of the way**. Keep that
-# shape in mind.
-#
+# At a high constant rate many weights stand at their edges and are pushed over together: worse than nearest. At a third of the rate fewer jump:
+# about as good as nearest, no better. (The dip at the start: the first to jump are those that help.) When the rate falls, fewer and fewer jump,
+# each correcting what the others left. The error first rises too, then ends at less than a third of nearest, **in the last part of the way**.
+# Keep that shape in mind.
+
+# %%
+assert abs(np.mean(runs["rate 0.01"][-100:]) / nearest - 1) < 0.1 and all(min(errors[:40]) < 0.9 * nearest for errors in runs.values())
+
+# %% [markdown]
 # ## What to learn: the loss by hand
 #
 # A text says which token came. The unrounded model, now the **teacher**, says how likely every token was. **Distillation** asks the student for
@@ -387,8 +394,8 @@ assert math.isclose(loss.item(), 5 / 8 * math.log(2), rel_tol=1e-6)
 course.table(teacher=teacher, student=student, bits=terms, decimals=3)
 
 # %% [markdown]
-# 5/8 of a bit, in nats 0.433. Tokens that the teacher thinks unlikely hardly count: the weights are the teacher's, and the other way round is another
-# measure.
+# 5/8 of a bit, in nats 0.433. Each term is multiplied by the teacher's probability, so tokens it thinks unlikely hardly count. KL the other way
+# round multiplies by the student's, and is another measure.
 #
 # What do the logits feel? Say the text went on with the third token. The **next-token** loss, which models are pretrained
 # with, is −log p_student of that one.
@@ -403,20 +410,29 @@ assert torch.allclose(distilled, student - teacher) and rest.abs().max() < 1e-7
 course.table(next_token=pull, distillation=distilled, where_both_agree=rest.round(decimals=6), decimals=3)
 
 # %% [markdown]
-# The next-token loss pushes the third token up and all others down, among them the teacher's favourite; only over much text does that
-# average out. Distillation moves each token to where the teacher has it, and where the two agree it is silent. **Nothing but the damage is
+# Descent subtracts: a negative gradient pushes a token up. The next-token loss pushes the third token up and all others down, among them the
+# teacher's favourite; only over much text does that average out. Distillation moves each token to where the teacher has it, and where the two agree it is silent. **Nothing but the damage is
 # left to learn.**
 #
 # ## On the model
 #
 # One step: teacher and student read 8 windows of 128 tokens from the calibration text, every matrix of the student being rounded on the way, and
-# AdamW moves the latent weights. The rate rises to 0.001 in 5 steps and falls along a cosine, by the clock. Give it more seconds if you like.
+# AdamW moves the latent weights. (AdamW is gradient descent that scales each weight's step by its recent gradients.) In the package:
+
+# %%
+course.source_of(qat.fake_quantized)
+
+# %%
+course.source_of(qat.train)
+
+# %% [markdown]
+# The rate rises to 0.001 in 5 steps and falls along a cosine, by the clock. Give it more seconds if you like.
 
 # %%
 ids = torch.tensor(tokenizer(qlearn.evaluate.calibration_text(), verbose=False).input_ids)
-picture, axes = course.plots.figure(8, 3, alt="The distillation loss in 40 seconds of training at 2 bits: it falls steeply at first, then slowly.")
+picture, axes = course.plots.figure(8, 3, alt="The distillation loss in 30 seconds of training at 2 bits: it falls steeply at first, then slowly.")
 (line,) = axes.plot([], [], color=course.plots.COLORS["original"])
-axes.set(xlabel="seconds", ylabel="KL (nats a token)", xlim=(0, 42), ylim=(0.2, 3), yscale="log")
+axes.set(xlabel="seconds", ylabel="KL (nats a token)", xlim=(0, 32), ylim=(0.2, 3), yscale="log")
 axes.set_yticks([0.2, 0.5, 1, 2], [0.2, 0.5, 1, 2])
 axes.minorticks_off()
 shown, seen, began = display(picture, display_id=True), [], time.perf_counter()
@@ -430,14 +446,14 @@ def watch(step, loss, student):
 
 
 student, _ = qat.train(
-    model, qat.windows(ids, batch=8, length=128), bits=2, group_size=32, seconds=40, lr=1e-3, warmup=5, progress=False, watch=watch
+    model, qat.windows(ids, batch=8, length=128), bits=2, group_size=32, seconds=30, lr=1e-3, warmup=5, progress=False, watch=watch
 )
 
 # %%
-name = "40 seconds, 2 bit"
+name = "30 seconds, 2 bit"
 rows[name] = measure(student, name)
 before, after = (rows[label].perplexity - reference.perplexity for label in ("plain 2 bit", name))
-course.reveal("qat-40-seconds", 100 * (1 - after / before), unit="%")
+course.reveal("qat-30-seconds", 100 * (1 - after / before), unit="%")
 assert after < before / 2
 qlearn.evaluate.table(rows.values())
 
@@ -454,16 +470,16 @@ moved = (all_codes(student) != all_codes(model)).float().mean()
 floats = qlearn.evaluate.report(student, tokenizer, reference, name="its latent weights, not rounded")
 print(f"{moved:.1%} of the codes have changed")
 print(f"perplexity of the latent weights, not rounded: {floats.perplexity:.2f}, of the original: {reference.perplexity:.2f}")
-assert moved < 0.2 and floats.perplexity > reference.perplexity
+assert moved < 0.1 and floats.perplexity > reference.perplexity
 
 # %% [markdown]
-# Few codes changed. And the latent weights have become a *worse* model of floats than the original. They are no weights any more; they are a
-# place where steps add up.
+# Only a few codes in a hundred changed. Scales, norms and embeddings learn, too. And the latent weights have become a *worse* model of floats
+# than the original. They are no weights any more; they are a place where steps add up.
 #
 # ## Another rounding at the end
 #
 # What the training saw is what is stored, bit for bit. And if the file is made by another rule: in groups of 64 for 32, by zero-point, by absmax? Or
-# if the latent weights pass through a file of bfloat16 first? On 1,024 tokens, because there are nine models to measure:
+# if the latent weights pass through a file of bfloat16 first? On 1,024 tokens, because there are nine models to measure (the original is in bfloat16 already):
 
 # %%
 for layer in student.model.layers:
@@ -479,6 +495,7 @@ def quick(weights, method="signed_absmax", group_size=32):
 in_bf16 = copy.deepcopy(student).bfloat16().float()
 exports = {"as trained": {}, "groups of 64": {"group_size": 64}, "zero-point": {"method": "zero_point"}, "absmax": {"method": "absmax"}}
 exports = {name: (quick(model, **rule), quick(student, **rule)) for name, rule in exports.items()}
+assert all(torch.equal(p.bfloat16().float(), p) for p in model.parameters())  # the original is in bf16 already
 exports["by way of bf16"] = exports["as trained"][0], quick(in_bf16)
 print("perplexity       original   trained")
 for name, (original, trained) in exports.items():
@@ -488,14 +505,16 @@ for name, (original, trained) in exports.items():
 learnt = exports["as trained"][1]
 assert all(trained < original / 1.5 for original, trained in exports.values())
 assert all(exports[name][1] > 1.05 * learnt for name in ("groups of 64", "zero-point", "absmax"))
+assert exports["absmax"][1] > 10 * exports["as trained"][0]
+assert all(exports[name][1] < exports[name][0] / 3 for name in ("groups of 64", "zero-point"))
 assert abs(exports["by way of bf16"][1] / learnt - 1) < 0.05
 print(f"by way of bf16, {(all_codes(in_bf16) != all_codes(student)).float().mean():.2%} of the codes are others")
 
 # %% [markdown]
-# The student stands all of these better than the original does, but none as well as its own. Some of what it learnt is general, and some is about
-# this one grid. bf16 moves only weights that stand very near an edge, and that hardly matters.
+# In groups of 64 and by zero-point the student is far ahead of the original, but behind itself as trained: some of what it learnt is
+# general, some is about this one grid. By absmax both are destroyed. bf16 moves only weights that stand very near an edge, and that hardly matters.
 #
-# Nothing is lost where the fake quantization *is* the exporter's rounding. For Q4_0 you have seen that it is, to the last bit.
+# Nothing is lost where the fake quantization *is* the exporter's rounding, as you have seen for Q4_0.
 #
 # ## With an H200 and five minutes
 #
@@ -512,12 +531,13 @@ for name in ("4 bit", "3 bit", "2 bit"):
     figures = [run[which]["evaluation"]["perplexity"] for which in ("float", "plain", "trained")]
     removed = [run["removed"][text] for text in ("evaluation", "standard library")]
     print(f"{name:15} {run['bits_per_weight']:12}", *(f"{p:7.3f}" for p in figures), f"{removed[0]:9.1%} {removed[1]:19.1%} {run['seconds'] / 60:9.1f}")
-    assert min(removed) > 0.7
+    assert min(removed) > 0.7 and run["steps"] == 3000
 
 # %% [markdown]
-# **Removed** is (plain − QAT) / (plain − float): the share of the damage that is gone. The recipe is that of Gemma 3 (2025): about 5,000 steps of
-# fine-tuning, with the probabilities of the unrounded checkpoint as targets. Google reports 54 % removed for Q4_0, by the same measure, on
-# models that are hundreds of times larger. Learning rate, optimizer, batch and data were not published; these here are ours.
+# **Removed** is (plain − QAT) / (plain − float): the share of the damage that is gone. The idea is Gemma 3's (2025): a short fine-tuning, about
+# 5,000 steps there and 3,000 here, towards the probabilities of the unrounded checkpoint. Google reports 54 % removed for Q4_0 by the same
+# measure, on models more than a hundred times larger. Learning rate, optimizer, batch, data and the scale's gradient are ours, so the two
+# figures are no race.
 #
 # Is it the rounding that was learnt, or is it just more training? The controls:
 
@@ -533,10 +553,10 @@ assert removed["control, next-token loss"] < 0 and abs(removed["control, distill
 assert removed["4 bit"] > removed["4 bit, scale without gradient"] + 0.05 > removed["4 bit, next-token loss"] + 0.05
 
 # %% [markdown]
-# The controls train without rounding and are rounded at the end. With the next-token loss it comes out *worse* than plain: the model had finished
-# its training, and this only moved it about. With distillation next to nothing happens: the loss starts at zero.
+# The controls train without rounding and are rounded at the end. With the next-token loss it comes out *worse* than plain, probably because the
+# model had finished its training and could only be moved about. With distillation next to nothing happens: the loss starts at zero.
 #
-# Under the rounding, both losses help, distillation more, above all in divergence. And the gradient of the scale pays.
+# Under the rounding, both losses help, distillation more, above all in divergence. And the gradient of the scale pays. Each figure is one run.
 #
 # How did they get there? Remember the 64 weights.
 
@@ -544,14 +564,16 @@ assert removed["4 bit"] > removed["4 bit, scale without gradient"] + 0.05 > remo
 picture, (left, right) = course.plots.figure(
     10, 3.6, columns=2, alt="At 4 bits perplexity falls at once by half of the damage, then hardly, and steeply at the end; so do the losses at 4, 3 and 2 bits."
 )
-for name, marker, color in (("4 bit", "o-", "blue"), ("control, next-token loss", "s-", "orange")):
+colors = {"4 bit": "blue", "control, next-token loss": "orange", "3 bit": "green", "2 bit": "vermillion"}
+colors = {name: course.plots.PALETTE[color] for name, color in colors.items()}
+for name, marker in (("4 bit", "o-"), ("control, next-token loss", "s-")):
     points = [(p["step"], p["perplexity"]) for p in runs[name]["on_the_way"]]
-    left.plot(*zip((0, plain4["perplexity"]), *points), marker, color=course.plots.PALETTE[color], label=name)
+    left.plot(*zip((0, plain4["perplexity"]), *points), marker, color=colors[name], label=name)
 left.axhline(runs["4 bit"]["float"]["evaluation"]["perplexity"], color="black", linestyle="--", label="float")
 left.set(title="rounded to 4 bits on the way", xlabel="step", ylabel="perplexity", ylim=(7.8, 8.7))
 left.legend(fontsize=10, ncols=3, columnspacing=1)
 for name in ("2 bit", "3 bit", "4 bit"):
-    right.plot(*zip(*runs[name]["curve"]), label=name, linewidth=1)
+    right.plot(*zip(*runs[name]["curve"]), color=colors[name], label=name, linewidth=1)
 right.set(title="training loss", xlabel="step", ylabel="KL (nats a token)", yscale="log", ylim=(0.01, 3))
 right.yaxis.set_major_formatter("{x:g}")
 right.legend(fontsize=10, ncols=3)
@@ -563,17 +585,21 @@ damage = plain4["perplexity"] - runs["4 bit"]["float"]["evaluation"]["perplexity
 for point in (ends[0], ends[-2], ends[-1]):
     print(f"step {point['step']:4}: {(plain4['perplexity'] - point['perplexity']) / damage:4.0%} removed")
 assert ends[-2]["perplexity"] - ends[-1]["perplexity"] > 0.15 * damage
-losses = [loss for step, loss in runs["4 bit"]["curve"]]  # one in ten steps
-print(f"loss at 4 bits: {min(losses[:20]):.3f} early on, {np.mean(losses[60:120]):.3f} in the middle, {losses[-1]:.3f} at the end")
-assert min(losses[:20]) < np.mean(losses[60:120]) > 2 * losses[-1]
+rise = {}
+for name in ("4 bit", "3 bit", "2 bit"):
+    losses = [loss for step, loss in runs[name]["curve"]]  # one in ten steps
+    early, middle = min(losses[:20]), np.mean(losses[60:120])
+    print(f"loss at {name}: {early:.3f} early on, {middle:.3f} in the middle, {losses[-1]:.3f} at the end")
+    rise[name] = middle / early
+assert rise["4 bit"] > 1.4 > rise["3 bit"] > 1.1 > 1 > rise["2 bit"]
 
 # %% [markdown]
-# The shape of the 64 weights: a quick gain, then a loss that *rises* while the learning rate is high, and most of what is left in the last
-# tenth, when the weights come to rest. Who looks early sees little more than half of it.
+# The shape of the 64 weights: a quick gain, then a loss that *rises* while the learning rate is high (at 4 bits; less at 3, and not at 2), and
+# at 4 bits most of what is left in the last tenth, when the weights come to rest. Who looks early sees little more than half of it.
 #
 # ## What to hold against it
 #
-# Two texts, two shares. Which one is the truth?
+# Two texts, two shares. Why do they differ?
 
 # %%
 print("share removed        by perplexity                by divergence")
@@ -589,9 +615,9 @@ assert runs["4 bit"]["removed"]["evaluation"] > runs["4 bit"]["removed"]["standa
 
 # %% [markdown]
 # By perplexity the first text gains far more than the second at 4 bits. By divergence from the teacher both give the same, and less: not quite three
-# quarters. Perplexity can also fall because a changed model happens to suit a text; divergence cannot.
+# quarters. Perplexity can fall because a changed model happens to suit a text. Divergence counts every departure from the teacher, also a lucky one.
 #
-# - QAT needs data like the model's own, for larger models GPUs, and tuning. GPTQ, in the next lesson, needs a page of text and no training.
+# - QAT needs tuning, data like the model's own, and for larger models GPUs. GPTQ, in the next lesson, needs a page of text and no training.
 # - The student imitates its teacher, and becomes no better.
 # - It is trained for one format. Another one is another training.
 #
@@ -608,12 +634,18 @@ for bits in (2, 4):
         two_bits = trained
 rows["plain 4 bit"] = measure(model, "plain 4 bit", bits=4)
 assert reference.perplexity < rows["QAT 4 bit"].perplexity < rows["plain 4 bit"].perplexity
-assert rows["QAT 2 bit"].perplexity < rows["40 seconds, 2 bit"].perplexity
-assert rows["QAT 2 bit"].perplexity < 1.02 * rows["plain 4 bit"].perplexity
+assert rows["QAT 2 bit"].perplexity < rows["30 seconds, 2 bit"].perplexity
 qlearn.evaluate.table(rows.values())
 
+# %%
+trained, plain = rows["QAT 2 bit"], rows["plain 4 bit"]
+assert trained.perplexity < 1.01 * plain.perplexity
+assert [round(row.kl_divergence, 2) for row in (trained, plain)] == [0.18, 0.06]
+assert [round(100 * row.flip_rate) for row in (trained, plain)] == [19, 12]
+
 # %% [markdown]
-# 2 bits that were trained are as good as 4 that were only rounded. The beginning of a function, completed at 2 bits without and with training:
+# By perplexity, 2 trained bits come within 1 % of 4 that were only rounded. By divergence they do not: 0.18 against 0.06, and 19 % of the first
+# choices flip instead of 12 %. The beginning of a function, completed at 2 bits without and with training:
 
 # %%
 prompt = 'def add(a, b):\n    """Return the sum of a and b."""'
@@ -623,31 +655,32 @@ for name, writer in (("plain", plain2), ("QAT", two_bits)):
     print(f"--- {name} ---\n{prompt}{text}\n")
 
 # %% [markdown]
-# And does Python accept what they write? 16 functions of the evaluation text, greedily completed:
+# Does Python accept what they write? 16 functions of the evaluation text, greedily completed, by the unrounded model too:
 
 # %%
 headers = qlearn.evaluate.function_headers(count=16)
 parsed = {}
-for name, writer in (("plain 2 bit", plain2), ("QAT 2 bit", two_bits)):
+for name, writer in (("plain 2 bit", plain2), ("QAT 2 bit", two_bits), ("unrounded", model)):
     parsed[name] = qlearn.evaluate.parse_rate(writer, tokenizer, headers)
     print(f"{name}: {parsed[name]:.0%} are valid Python")
 assert parsed["QAT 2 bit"] > parsed["plain 2 bit"] + 0.2
 
 # %% [markdown]
+# Valid is not right: look at the function above once more.
+#
 # ## The board
 
 # %%
 course.board.add("unquantized", 16, math.log(reference.perplexity))
 for name, row in rows.items():
-    if name != "plain 2 bit":
-        course.board.add(f"{name}, groups of 32", row.bits_per_weight, math.log(row.perplexity))
+    course.board.add(f"{name}, groups of 32", row.bits_per_weight, math.log(row.perplexity))
 course.board.show()
 
 # %% [markdown]
 # ## Find the bug
 #
-# A colleague's QAT lowers its loss, slowly, and never gets anywhere. The forward pass is right: its values are those of `signed_absmax`, but for
-# the rounding of d to float16. Here is the function, and what arrives at the latent weights in the first step.
+# A colleague's QAT lowers its loss, only more slowly than it should, so nobody worries. The forward pass is right: its values are those of
+# `signed_absmax`, but for the rounding of d to float16. Here is the function, and what arrives at the latent weights in the first step.
 
 # %%
 def suspect(weight, bits=2):
@@ -671,26 +704,30 @@ def gradients(rounding):
 
 # %%
 found = {"suspect": gradients(suspect), "fake_quantize": gradients(lambda w: fake_quantize(w, bits=2))}
-picture, panels = course.plots.figure(9, 2.8, columns=2, sharey=True, alt="Gradients of all weights: the suspect's are zero but for a few.")
+picture, panels = course.plots.figure(9, 2.8, columns=2, alt="Gradients of all weights: the suspect's are zero but for a few, the package's hardly ever.")
 for axes, (name, gradient) in zip(panels, found.items()):
     size = gradient.abs().clamp(min=1e-9).log10()
-    axes.hist(size, bins=60, range=(-9, 0), color=course.plots.COLORS["error"], log=True)
-    axes.set(title=name, xlabel="gradient, log10 (-9: zero)")
-panels[0].set_ylabel("weights")
+    axes.hist(size, bins=45, range=(-9, 0), color=course.plots.COLORS["error"], weights=torch.full_like(size, 100 / len(size)))
+    axes.set(title=name, xlabel="gradient, log10 (−9: zero)")
+panels[0].set_ylabel("% of the weights")
 picture
 
 # %% tags=["nbval-check-output"]
 for name, gradient in found.items():
     print(f"{name}: {(gradient != 0).float().mean():.1%} of the weights get a gradient")
+matrices = [m.weight.detach().requires_grad_() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+cut_off = torch.cat([torch.autograd.grad(fake_quantize(w, bits=2).sum(), w)[0].flatten() == 0 for w in matrices])
+assert torch.equal(found["fake_quantize"] == 0, cut_off)
+print(f"the {cut_off.float().mean():.1%} that fake_quantize leaves out are those that are cut off")
 
 # %% [markdown]
-# What share is that, as a fraction, and who are they?
+# What share does the suspect reach, as a fraction, and who are they?
 #
 # <details><summary>The answer</summary>
 #
 # 3.1 % is 1/32: one weight in each group. `floor` is in the graph and its derivative is 0, so nothing comes back by way of the codes. But `codes * d`
-# has a second factor, and d leads back to the largest weight of the group. Those, the norms and the embeddings learn; that is why the loss falls
-# at all. 31 of 32 weights never move.
+# has a second factor, and d leads back to the largest weight of the group. Those, the norms and the embeddings learn, so the loss falls. 31 of 32
+# weights never move.
 #
 # A `detach` is missing, or rather the whole straight-through estimator: `weight + (q - weight).detach()`. The opposite mistake,
 # a loss that falls nicely and a file that is worse, you have met: an export in another rounding.
@@ -705,7 +742,7 @@ def mended(weight, bits=2):
 tried = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 mended(tried).sum().backward()
 assert (tried.grad == 1).all() and torch.allclose(mended(tried), fake_quantize(tried, bits=2), atol=1e-3)
-print("all weights get a gradient")
+print("all weights get a gradient, even those that are cut off: it still lacks the mask")
 
 # %% [markdown]
 # ## What you can now do

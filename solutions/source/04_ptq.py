@@ -31,7 +31,7 @@ def megabytes(matrices, others, bits, group_size=None):
 
     matrices: a list of (rows, columns), the quantized ones.  others: how many parameters are not quantized.
     bits: 2 to 8.  group_size: how many weights of a row share a scale; it divides the columns. None: the whole row does.
-    The codes of a matrix are packed one after another; its last byte may not be full, and counts whole.
+    The codes of a matrix are packed one after another, across its rows. If its last byte is not full, it counts as a whole one.
     Returns a float.
 
     megabytes([(256, 256)], others=1000, bits=4, group_size=64) == 0.036816       # 32,768 + 2,048 + 2,000 bytes
@@ -172,8 +172,8 @@ for percentile in (90, 99, 99.9, 99.99, 100):
     print(f"{percentile:6} %: yours {static_scale([numbers], percentile):.4f}, the package's {observer.scale():.4f}, a bin {observer.histogram.width / 127:.4f}")
 
 # %% [markdown] qlearn={"card": "ptq.smooth"}
-# Some channels of `x` are much larger than others, and a scale for each channel is not to be had. But a factor for each channel can move
-# to the weight: divide channel j of the inputs by sⱼ, and multiply column j of the weight, with
+# Some channels of `x` are much larger than others, and a scale for each channel would not come out of the sum. But a factor for each
+# channel can move to the weight: divide channel j of the inputs by sⱼ, and multiply column j of the weight, with
 #
 # sⱼ = max|xⱼ|^alpha / max|wⱼ|^(1 − alpha)
 
@@ -184,7 +184,7 @@ def smooth(x, weight, alpha):
 
     x: float32 (tokens, channels).  weight: float32 (out, channels).  alpha: 0 to 1, how much of the difficulty goes into the weight.
     Returns the two, smoothed: their product, smoothed_x @ smoothed_weight.T, is what it was. A channel that is 0 in all tokens, or
-    that no output reads, keeps the factor 1.
+    whose column of the weight is 0, keeps the factor 1, for any alpha.
 
     smooth(torch.tensor([[1.0, 16.0]]), torch.tensor([[1.0, 1.0]]), alpha=0.5)  is  [[1, 4]] and [[1, 4]]
     """

@@ -139,7 +139,7 @@ picture
 # Now the rounding itself, as llama.cpp does it for Q4_0. Each 32 neighbours in a row are a group. Its d is **the weight with the largest
 # magnitude, with its sign**, divided by −8. The code of a weight is trunc(w · (1 / d) + 8.5), at most 15. (Multiply by 1 / d as llama.cpp does: dividing by d
 # is rounded differently, and now and then gives another code.) What comes back is (code − 8) · d, with d rounded to float16, which is what a file
-# holds; the codes are found before that rounding.
+# holds; the codes are found before that rounding. Compute in float32 throughout.
 
 
 # %% qlearn={"answer": "qat.round_q4_0"}
@@ -186,7 +186,7 @@ picture
 def distillation_loss(student_logits, teacher_logits):
     """How far the student's probabilities are from the teacher's.
 
-    student_logits, teacher_logits: float tensors (..., vocabulary): any number of axes for texts and positions, one at least.
+    student_logits, teacher_logits: float tensors (..., vocabulary), with at least one axis besides the vocabulary, for texts and positions.
     Returns a tensor without axes, in nats. It has to stay finite where a model is very sure: use log_softmax.
     """
     ### BEGIN SOLUTION

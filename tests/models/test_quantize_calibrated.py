@@ -316,4 +316,6 @@ def test_inputs_that_overflow_are_reported_with_their_layer(model):
 def test_the_progress_bar_counts_layers(spy, capsys):
     run(make_mixture("deepseek v3"), progress=True)
     lines = [line for line in capsys.readouterr().err.split("\r") if "100%" in line]
-    assert lines[-1].startswith("spy, 4 bits: 100%") and "/18" in lines[-1]  # 8 + 8 linear layers and two parameters of experts
+    assert (
+        lines[-1].startswith("spy, 4 bits: 100%") and "/18" in lines[-1]
+    )  # 8 + 8 linear layers and two parameters of experts

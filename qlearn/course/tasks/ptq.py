@@ -95,6 +95,7 @@ def _tokens_cases():
         Case("one large channel in all tokens", (column,)),
         Case("a token of zeros", (zeros,)),
         Case("a token of tiny numbers", (torch.stack([_random(8, seed=8), _random(8, seed=9, spread=1e-9)]),)),
+        Case("a token of the tiniest numbers", (_random(1, 7, seed=12, spread=1e-30),)),
         Case("halfway between two codes", (torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]),)),
         Case("one token", (_random(1, 9, seed=10),)),
         Case("one channel", (_random(4, 1, seed=11),)),
@@ -194,6 +195,8 @@ def _smooth_cases():
         Case("a channel that is always 0", (silent, _random(3, 5, seed=5), 0.5)),
         Case("a channel that no output reads", (_random(6, 5, seed=4), unread, 0.5)),
         Case("one token, one output", (_random(1, 4, seed=12), _random(1, 4, seed=13), 0.6)),
+        Case("alpha 0, and a channel that is always 0", (silent, _random(3, 5, seed=5), 0.0)),
+        Case("alpha 1, and a channel that no output reads", (_random(6, 5, seed=4), unread, 1.0)),
     ]
 
 
@@ -292,6 +295,28 @@ _MEGABYTES_MUTANTS = (
         ),
         "Only odd sizes are wrong: each matrix begins with a byte of its own, so round up for each of them.",
     ),
+    Mutant(
+        "rounded down",
+        lambda m, o, b, g=None: (sum(r * c * b // 8 + 2 * (r * c // (g or c)) for r, c in m) + 2 * o) / 1e6,
+        "Only odd sizes are wrong: 15 bits of codes do not fit into one byte. Round up, for each matrix.",
+    ),
+    Mutant(
+        "each row rounded up",
+        lambda m, o, b, g=None: (sum(r * -(-c * b // 8) + 2 * (r * c // (g or c)) for r, c in m) + 2 * o) / 1e6,
+        "Only odd sizes are wrong: the rows of a matrix are packed one after another, and only its last byte may be "
+        "partly empty. Round up once for each matrix, not for each row.",
+    ),
+    Mutant(
+        "no code across two bytes",
+        lambda m, o, b, g=None: (sum(-(-r * c // (8 // b)) + 2 * (r * c // (g or c)) for r, c in m) + 2 * o) / 1e6,
+        "This is what you get when a byte holds only whole codes, two of 3 bits: they are packed without gaps, so "
+        "eight codes of 3 bits take three bytes.",
+    ),
+    Mutant(
+        "bits of the scales for bytes",
+        lambda m, o, b, g=None: _weigh(m, o, b, g, scale_bytes=16),
+        "This is what you get when a scale takes 16 bytes: it has 16 bits, which are two bytes.",
+    ),
 )
 
 
@@ -323,6 +348,17 @@ def _upside_down(x):
     return (x * scale).round().to(torch.int8), scale
 
 
+def _uncut(x, scale, clamp=None):
+    """Codes as a plain cast to int8 leaves them: one outside its range wraps around."""
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = torch.round(x / scale)
+    return (codes if clamp is None else codes.clamp(*clamp)).to(torch.int8), scale
+
+
+def _away_from_zero(x):
+    return torch.sign(x) * torch.floor(x.abs() + 0.5)
+
+
 _TOKENS_MUTANTS = (
     Mutant(
         "one scale for all",
@@ -337,11 +373,9 @@ _TOKENS_MUTANTS = (
     ),
     Mutant(
         "without keepdim",
-        lambda x: (
-            _tokens(x, keepdim=False) if len(x) in (1, x.shape[1]) else (_tokens(x)[0], _tokens(x, keepdim=False)[1])
-        ),
-        "This is what you get without keepdim=True: a scale of shape (tokens,) is laid over the channels. It needs the "
-        "shape (tokens, 1).",
+        lambda x: _tokens(x, keepdim=False),
+        "This is what you get without keepdim=True: a scale of shape (tokens,) is laid over the channels, which torch "
+        "refuses only where the two numbers differ. It needs the shape (tokens, 1).",
     ),
     Mutant(
         "divided by 128",
@@ -392,6 +426,40 @@ _TOKENS_MUTANTS = (
         lambda x: (_tokens(x)[0] * _tokens(x)[1], _tokens(x)[1]),
         "These are the numbers that come back: return the codes, which are integers.",
     ),
+    Mutant(
+        "a scale without its second axis",
+        lambda x: (_tokens(x)[0], _tokens(x)[1][:, 0]),
+        "The codes are right, but the scales have the shape (tokens,): return (tokens, 1), so that a scale belongs to "
+        "a row of codes when the two are multiplied.",
+    ),
+    Mutant(
+        "largest number, not cut",
+        lambda x: _uncut(x, x.amax(-1, keepdim=True) / 127),
+        "This is what you get without abs(): where the largest magnitude is negative, the scale is too small, or "
+        "itself negative, and codes beyond the range of int8 wrap around.",
+    ),
+    Mutant(
+        "divided by 128, not cut",
+        lambda x: _uncut(x, x.abs().amax(-1, keepdim=True) / 128),
+        "This is what you get when the largest magnitude is divided by 128: a positive one gets the code 128 and wraps "
+        "around to -128. Divide by 127.",
+    ),
+    Mutant(
+        "divided by 128, down to -128",
+        lambda x: _uncut(x, x.abs().amax(-1, keepdim=True) / 128, (-128, 127)),
+        "This is what you get with a grid from -128 to 127: this one is symmetric, from -127 to 127, so divide by 127.",
+    ),
+    Mutant(
+        "ties away from zero",
+        lambda x: _tokens(x, rounding=_away_from_zero),
+        "Only ties differ: they went away from 0, as people round. torch.round takes them to the even code.",
+    ),
+    Mutant(
+        "largest magnitude 1 for zeros",
+        lambda x: (_tokens(x)[0], torch.where(x.abs().amax(-1, keepdim=True) == 0, 1 / 127, _tokens(x)[1])),
+        "Only a token of zeros is wrong: its largest magnitude was set to 1, so its scale is 1 / 127. The scale has to "
+        "be 1.",
+    ),
 )
 
 
@@ -413,18 +481,6 @@ def _wrapping(dtype):
 def _wrapped_products(x, sx, w, sw):
     products = (x.int()[:, None] * w.int()[None]).to(torch.int8)
     return _rescaled(products.sum(-1, dtype=torch.int64), sx, sw)
-
-
-def _if_square(transformed, x, sx, w, sw):
-    """A mistake that torch notices by itself unless sizes happen to fit."""
-    try:
-        return transformed(x, sx, w, sw)
-    except RuntimeError:
-        return _rescaled(_sums(x, w), sx, sw)
-
-
-def _when_it_fits(transformed):
-    return lambda x, sx, w, sw: _if_square(transformed, x, sx, w, sw)
 
 
 _INT8_LINEAR_MUTANTS = (
@@ -487,21 +543,27 @@ _INT8_LINEAR_MUTANTS = (
     ),
     Mutant(
         "inputs' scales along the outputs",
-        _when_it_fits(lambda x, sx, w, sw: _sums(x, w).float() * sx.T * sw),
+        lambda x, sx, w, sw: _sums(x, w).float() * sx.T * sw,
         "This is what you get when the scales of the tokens are laid along the outputs: as (tokens, 1) they belong to "
-        "the rows of the product. Only where there are as many tokens as outputs, or one, does nobody notice.",
+        "the rows of the product. Where there are as many tokens as outputs, torch does not notice.",
     ),
     Mutant(
         "weights' scales along the tokens",
-        _when_it_fits(lambda x, sx, w, sw: _sums(x, w).float() * sx * sw[:, None]),
+        lambda x, sx, w, sw: _sums(x, w).float() * sx * sw[:, None],
         "This is what you get when the scales of the weight are laid along the tokens: as (out,) they belong to the "
-        "columns of the product. Only where there are as many tokens as outputs, or one, does nobody notice.",
+        "columns of the product. Where there are as many tokens as outputs, torch does not notice.",
     ),
     Mutant(
         "weight not transposed",
-        _when_it_fits(lambda x, sx, w, sw: _rescaled(x.long() @ w.long(), sx, sw)),
+        lambda x, sx, w, sw: _rescaled(x.long() @ w.long(), sx, sw),
         "This is what you get without transposing the weight: its rows are outputs, so the product is x_codes @ "
-        "w_codes.T. Only where the weight is square does nobody notice.",
+        "w_codes.T. Where the weight is square, torch does not notice.",
+    ),
+    Mutant(
+        "dequantized first",
+        lambda x, sx, w, sw: (x.float() * sx) @ (w.float() * sw[:, None]).T,
+        "This is what you get when codes are multiplied with their scales before the product: it is one of floats "
+        "then, and long sums lose their last digits. Sum the integers first.",
     ),
 )
 
@@ -518,6 +580,11 @@ def _at_rank(values, percentile, qmax=QMAX, shift=0, rounding=math.ceil, for_zer
     """`static_scale` of sorted numbers, with one thing different."""
     rank = rounding(percentile * len(values) / 100) + shift
     return values[max(rank, 1) - 1].item() / qmax or for_zero
+
+
+def _at_index(batches, percentile, rounding):
+    values = _magnitudes(batches)
+    return values[rounding(percentile * len(values) / 100)].item() / QMAX or 1.0
 
 
 def _each(batches, percentile):
@@ -595,6 +662,39 @@ _STATIC_MUTANTS = (
         lambda batches, percentile: _at_rank(_magnitudes(batches), percentile, for_zero=0.0),
         "Only a limit of 0 is wrong: its scale would be 0, and nothing can be divided by it. Use 1.",
     ),
+    Mutant(
+        "rank rounded to the nearest",
+        lambda batches, percentile: _at_rank(_magnitudes(batches), percentile, rounding=round),
+        "This is what you get when the rank is rounded to the nearest: at least the wanted share has to be covered, so "
+        "always round up.",
+    ),
+    Mutant(
+        "one rank too high",
+        lambda batches, percentile: _at_index(batches, percentile, math.ceil),
+        "This is what you get one rank too high: indices begin at 0, so the number of rank r has the index r - 1.",
+    ),
+    Mutant(
+        "index rounded down",
+        lambda batches, percentile: _at_index(batches, percentile, int),
+        "This is what you get with the index int(percentile / 100 * count), which is one too high where that product "
+        "is whole: the index is ceil(percentile / 100 * count) - 1.",
+    ),
+    Mutant(
+        "a share of the largest",
+        lambda batches, percentile: _magnitudes(batches)[-1].item() * percentile / 100 / QMAX or 1.0,
+        "This is a percentage of the largest magnitude: a percentile counts numbers, it does not scale them.",
+    ),
+    Mutant(
+        "counted from the largest",
+        lambda batches, percentile: _at_rank(_magnitudes(batches).flip(0), percentile),
+        "This is what you get when the magnitudes are counted from the largest down: sort them upwards.",
+    ),
+    Mutant(
+        "divided by 255",
+        lambda batches, percentile: _at_rank(_magnitudes(batches), percentile, qmax=255),
+        "This is what you get when the limit is divided by 255: that is for a grid from 0 to 255. This one goes from "
+        "-127 to 127.",
+    ),
 )
 
 
@@ -623,16 +723,12 @@ def _half_done(x, weight, alpha):
     return _smoothed(x, weight, alpha)[0], weight
 
 
-def _rows_for_columns(x, weight, alpha):
-    if weight.shape[0] != weight.shape[1]:
-        return _smoothed(x, weight, alpha)
-    return _smoothed(x, weight, alpha, w_max=weight.abs().amax(1))
+def _made_finite(s):
+    return torch.where((s > 0) & s.isfinite(), s, 1.0)
 
 
-def _tokens_for_channels(x, weight, alpha):
-    if x.shape[0] != x.shape[1]:
-        return _smoothed(x, weight, alpha)
-    return _smoothed(x, weight, alpha, x_max=x.abs().amax(1))
+def _authors_way(x_max, w_max, alpha):
+    return (x_max**alpha / w_max.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
 
 
 _SMOOTH_MUTANTS = (
@@ -669,15 +765,15 @@ _SMOOTH_MUTANTS = (
     ),
     Mutant(
         "maxima of the weight's rows",
-        _rows_for_columns,
+        lambda x, weight, alpha: _smoothed(x, weight, alpha, w_max=weight.abs().amax(1)),
         "This is what you get with the largest weight of each row: a row is an output. Channel j of the inputs meets "
-        "column j. Only where the weight is square does nobody notice.",
+        "column j. Where the weight is square, torch does not notice.",
     ),
     Mutant(
         "maxima of the tokens",
-        _tokens_for_channels,
+        lambda x, weight, alpha: _smoothed(x, weight, alpha, x_max=x.abs().amax(1)),
         "This is what you get with the largest input of each token: s has one factor for each channel, a column of x. "
-        "Only where there are as many tokens as channels does nobody notice.",
+        "Where there are as many tokens as channels, torch does not notice.",
     ),
     Mutant(
         "one factor for all",
@@ -702,6 +798,57 @@ _SMOOTH_MUTANTS = (
         "nothing kept from zero",
         lambda x, weight, alpha: _smoothed(x, weight, alpha, guard=False),
         "Only a channel of zeros is wrong, which gets a factor of 0 or of infinity: give it the factor 1.",
+    ),
+    Mutant(
+        "the inputs without magnitudes",
+        lambda x, weight, alpha: _smoothed(x, weight, alpha, x_max=x.amax(0).clamp(min=0)),
+        "This is what you get with the largest number of each channel of the inputs, not the largest magnitude: take "
+        "abs() there too.",
+    ),
+    Mutant(
+        "the weight without magnitudes",
+        lambda x, weight, alpha: _smoothed(x, weight, alpha, w_max=weight.amax(0).clamp(min=0)),
+        "This is what you get with the largest number of each column of the weight, not the largest magnitude: take "
+        "abs() there too.",
+    ),
+    Mutant(
+        "only the weight",
+        lambda x, weight, alpha: (x, _smoothed(x, weight, alpha)[1]),
+        "This is what you get when only the weight is multiplied: what the layer computes has changed. Divide the "
+        "inputs by the same factors.",
+    ),
+    Mutant(
+        "both divided",
+        lambda x, weight, alpha: (_smoothed(x, weight, alpha)[0], _other_way(x, weight, alpha)[1]),
+        "This is what you get when inputs and weight are both divided: what the layer computes has changed. Multiply "
+        "the columns of the weight.",
+    ),
+    Mutant(
+        "always the root",
+        lambda x, weight, alpha: _smoothed(x, weight, 0.5),
+        "This is what you get when alpha is not used: the roots of the maxima are right for 0.5 alone.",
+    ),
+    Mutant(
+        "alpha on both sides",
+        lambda x, weight, alpha: _smoothed(x, weight, alpha, factor=lambda x_max, w_max: (x_max / w_max) ** alpha),
+        "This is what you get when both maxima have the power alpha: the weight's has 1 - alpha. At 0.5 nobody "
+        "notices.",
+    ),
+    Mutant(
+        "only the factors put right that are 0 or infinite",
+        lambda x, weight, alpha: _smoothed(
+            x, weight, alpha, factor=lambda x_max, w_max: _made_finite(x_max**alpha / w_max ** (1 - alpha)), guard=False
+        ),
+        "Only a channel of zeros is wrong, where alpha is 0 or 1: 0 to the power of 0 is 1, so its factor looks like "
+        "any other. Ask for the maxima, not for s.",
+    ),
+    Mutant(
+        "a least factor",
+        lambda x, weight, alpha: _smoothed(
+            x, weight, alpha, factor=lambda x_max, w_max: _authors_way(x_max, w_max, alpha), guard=False
+        ),
+        "Only a channel of zeros is wrong: clamped to a small number, as in the authors' own code, its factor is tiny "
+        "or huge. Here it keeps the factor 1.",
     ),
 )
 
@@ -733,6 +880,7 @@ TASKS = (
         importance=5,
         reference=quantize_tokens,
         cases=_tokens_cases,
+        same_dtype=True,
         hints=(
             "A token is a row of x. Its scale has to be such that its largest magnitude gets the code 127.",
             "scale = x.abs().amax(-1, keepdim=True) / 127, with 1 where that is 0; codes = torch.round(x / scale), "

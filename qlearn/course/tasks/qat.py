@@ -21,7 +21,8 @@ def with_gradient(function):
     """A function of tensors that returns its result together with the gradient for its first argument.
 
     Returns {"values": the result, "gradient": of the loss that adds the result's numbers, the first of them once, the
-    second twice, and so on; None where the result does not depend on the argument}.
+    second twice, and so on; None where the result does not depend on the argument, a sentence where it is no tensor}.
+    A function that writes into its argument changes the caller's tensor, so that the check can tell.
 
     >>> with_gradient(lambda x: 3 * x)(torch.ones(2))
     {'values': tensor([3., 3.]), 'gradient': tensor([3., 6.])}
@@ -30,11 +31,12 @@ def with_gradient(function):
         return function
 
     @functools.wraps(function)
-    def run(x, *args, **kwargs):
-        x = x.clone().requires_grad_(True)
+    def run(given, *args, **kwargs):
+        x = given.clone().requires_grad_(True)
         result = function(x, *args, **kwargs)
+        given.data = x.data
         if not isinstance(result, torch.Tensor):
-            return {"values": result, "gradient": None}
+            return {"values": result, "gradient": f"none, because the result is a {type(result).__name__}, no tensor"}
         gradient = None
         if result.requires_grad:
             times = torch.arange(1.0, result.numel() + 1).reshape(result.shape)
@@ -83,14 +85,15 @@ def _random(*shape, seed=0, spread=1.0):
 def _settle_cases():
     return [
         Case("three steps, by hand", (0.3, 0.3, 0.5, 3)),
-        Case("the target is above the middle", (0.8, 0.8, 0.5, 12)),
-        Case("it starts on the other side", (0.93, 0.3, 0.1, 40)),
-        Case("a small rate", (0.3, 0.3, 0.02, 90)),
+        Case("the target is above the middle", (0.81, 0.83, 0.47, 12)),
+        Case("it starts on the other side", (0.93, 0.29, 0.107, 40)),
+        Case("a small rate", (0.31, 0.31, 0.0217, 90)),
         Case("a rate of 1", (0.37, 0.37, 1.0, 20)),
-        Case("between -2 and -1", (-1.35, -1.35, 0.2, 30)),
+        Case("between -2 and -1", (-1.35, -1.37, 0.193, 30)),
         Case("from far away", (3.3, 0.45, 0.15, 60)),
         Case("the target is a grid point", (2.2, 2.0, 0.3, 5)),
         Case("halfway, where round() takes the even number", (0.5, 0.25, 0.0625, 10)),
+        Case("halfway, where the even number is the upper one", (1.5, 1.75, 0.25, 2)),
         Case("a rate of 0", (0.7, 0.2, 0.0, 4)),
         Case("no steps", (0.3, 0.3, 0.5, 0)),
     ]
@@ -132,6 +135,7 @@ def _clip_mask_cases():
         return torch.tensor(scales)[:, None]
 
     weight = _by_hand()[0]
+    tiny = column(1e-7, -1e-7, 1e-12, -1e-12)
     sizes = _random(2, 8, seed=4) * column(100.0, 0.01)
     return [
         Case("the eight weights of the lesson", (weight[None], column(0.5), 2)),
@@ -145,6 +149,7 @@ def _clip_mask_cases():
         Case("groups of very different size", (sizes, column(60.0, -0.006), 2)),
         Case("all inside, a zero among them", (torch.tensor([[0.3, 0.0, -0.7, 1.2]]), column(0.5), 4)),
         Case("a group of zeros, whose scale is 0", (torch.stack([torch.zeros(8), weight]), column(0.0, 0.5), 2)),
+        Case("very small scales that are not 0", (torch.linspace(-12, 12, 96) * tiny, tiny, 4)),
     ]
 
 
@@ -159,6 +164,10 @@ def _q4_0_cases():
     unequal = _random(2, 64, seed=3) * torch.tensor([0.01] * 32 + [5.0] * 32)
     hair = 0.5 * _random(2, 32, seed=9)
     hair[0, :2], hair[1, :3] = torch.tensor([-2.8, -1.575]), torch.tensor([-2.6, -2.4375, -1.7875])
+    below = torch.zeros(1, 32)
+    below[0, 0], below[0, 1:3] = -8.0, torch.nextafter(torch.tensor([-0.5, -1.5]), torch.tensor(-2.0))
+    tiny = _random(2, 64, seed=3) * torch.tensor([[1e-6], [1e-4]])
+    tiny = torch.cat([tiny.view(4, 32), ties * 2.0**-24])  # the last d is the smallest float16
     return [
         Case("the largest is negative", (-_random(1, 32).abs().sort().values,)),
         Case("the largest is positive", (_random(1, 32).abs().sort().values,)),
@@ -169,11 +178,13 @@ def _q4_0_cases():
         Case("halfway between two grid points", (ties,)),
         Case("the same, turned round", (-ties,)),
         Case("within a hair of halfway", (hair,)),
+        Case("the next float32 below halfway", (below,)),
         Case("a weight near the other end", (opposite,)),
         Case("two equally large weights, the positive one first", (both,)),
         Case("two equally large weights, the negative one first", (-both,)),
         Case("a constant", (torch.full((1, 32), 0.3),)),
         Case("weights of a model", (_random(2, 256, seed=5, spread=0.03),)),
+        Case("very small weights", (tiny,)),
         Case("a group of zeros", (zeros,)),
     ]  # fmt: skip
 
@@ -193,7 +204,7 @@ def _distillation_cases():
         Case("both nearly agree", (near, near + 1 + 0.1 * far)),
         Case("a large vocabulary", pair(4, 500, seed=5)),
         Case("one position", pair(1, 7, seed=6)),
-        Case("a student that is very sure", (torch.tensor([[300.0, 0.0, -5.0]]), torch.tensor([[0.0, 2.0, 1.0]]))),
+        Case("a student that is very sure", (torch.tensor([[300.0, 0.0, 290.0]]), torch.tensor([[0.0, 2.0, 1.0]]))),
         Case("a teacher that is very sure", (torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([[300.0, 0.0, -5.0]]))),
         Case("a vocabulary of one: nothing to choose", pair(2, 1, seed=7)),
     ]
@@ -300,6 +311,28 @@ _SETTLE_MUTANTS = (
         lambda w, t, r, n: (settle(w, t, r, n)[0], [settle(w, t, r, k)[0] for k in range(n)]),
         "The history holds the latent weights: note their rounded values.",
     ),
+    Mutant(
+        "halves rounded down",
+        lambda w, t, r, n: _settle(w, t, r, n, _right, rounds=lambda x: -_floor(0.5 - x)),
+        "Only halves are wrong: round() takes them to the even number, 1.5 to 2.",
+    ),
+    Mutant(
+        "the target rounded, too",
+        lambda w, t, r, n: _settle(w, t, r, n, lambda weight, rounded, t, r: weight - r * (rounded - round(t))),
+        "This is what you get when the target is rounded as well: then most weights are where they should be at once, "
+        "and nothing is left to learn. Only the weight is rounded.",
+    ),
+    Mutant(
+        "the last update left out",
+        lambda w, t, r, n: (settle(w, t, r, max(n - 1, 0))[0], settle(w, t, r, n)[1]),
+        "The history is right, but the weight that is returned has not had its last update.",
+    ),
+    Mutant(
+        "one entry too many",
+        lambda w, t, r, n: (settle(w, t, r, n)[0], settle(w, t, r, n + 1)[1]),
+        "The weight is right, but the history has one entry more than there were steps: what the model would see after "
+        "the last update does not belong to it.",
+    ),
 )
 
 
@@ -380,6 +413,24 @@ _STRAIGHT_THROUGH_MUTANTS = (
         "This is what you get when the weight is multiplied by quantized / weight: its gradient is multiplied by that "
         "too, and a weight of zero gives NaN. Add a difference.",
     ),
+    Mutant(
+        "the float weight where it learns",
+        with_gradient(lambda weight, quantized, inside: torch.where(inside, weight, quantized)),
+        "The gradient is right, but the weights that learn keep their float values: forward, all values have to be the "
+        "quantized ones.",
+    ),
+    Mutant(
+        "the weight added and not taken away",
+        with_gradient(lambda weight, quantized, inside: quantized + weight * inside),
+        "The gradient is right, but the values are the sum of weights and quantized values: what is added has to be "
+        "zero forward, weight - weight.detach().",
+    ),
+    Mutant(
+        "one mask for all",
+        with_gradient(lambda weight, quantized, inside: quantized + (weight - weight.detach()) * inside.all()),
+        "This is what you get when one weight that is cut off takes the gradient from all: the mask counts for each "
+        "weight by itself.",
+    ),
 )
 
 
@@ -397,6 +448,11 @@ def _between(weight, low, high):
 
 def _half(bits):
     return 2 ** (bits - 1)
+
+
+def _absolute_half(weight, d, bits):
+    first, last = -_half(bits) * d, (_half(bits) - 1) * d
+    return _between(weight, torch.minimum(first, last) - 0.5, torch.maximum(first, last) + 0.5)
 
 
 _CLIP_MASK_MUTANTS = (
@@ -468,6 +524,34 @@ _CLIP_MASK_MUTANTS = (
         lambda weight, d, bits: _mask(weight, d, -(2**bits) - 0.5, 2**bits - 0.5),
         "This is what you get with 2**bits steps on each side: one bit of them is the sign.",
     ),
+    Mutant(
+        "clamp(min=...) swallows negative scales",
+        lambda weight, d, bits: _between(weight / d.clamp(min=1e-8), -_half(bits) - 0.5, _half(bits) - 0.5),
+        "This is what you get when d.clamp(min=...) is to keep zeros out of the division: every negative scale becomes "
+        "that minimum, too. Replace only what is 0, with torch.where(d == 0, 1, d).",
+    ),
+    Mutant(
+        "half a unit for half a step",
+        lambda weight, d, bits: _absolute_half(weight, d, bits),
+        "This is what you get when 0.5 is added at the ends of the grid after it was scaled: half a step is half of d.",
+    ),
+    Mutant(
+        "only the upper end",
+        lambda weight, d, bits: weight / torch.where(d == 0, 1, d) <= _half(bits) - 0.5,
+        "This is what you get when only the end at 2**(bits - 1) - 1 is tested: in steps of d weights are cut off at "
+        "the lower end as well.",
+    ),
+    Mutant(
+        "the first group's scale for all",
+        lambda weight, d, bits: clip_mask(weight, d[:1], bits),
+        "This is what you get when all groups are measured with the scale of the first: each row has its own.",
+    ),
+    Mutant(
+        "a little added to the scale",
+        lambda weight, d, bits: _between(weight / (d + 1e-8), -_half(bits) - 0.5, _half(bits) - 0.5),
+        "Only very small scales are wrong: something like 1e-8 was added to d to keep zeros out of the division, and "
+        "next to such a scale that is much. Replace only what is 0, with torch.where(d == 0, 1, d).",
+    ),
 )
 
 
@@ -486,17 +570,19 @@ def _q4_0(
     high=15,
     guard=True,
     inverts=True,
+    inverse=lambda d: 1 / d,
+    product=None,
 ):
     """`round_q4_0` with one thing different."""
     groups = weight.unflatten(-1, (-1, group))
     largest = _signed_largest if largest is None else largest
     d = largest(groups) / steps
-    inverse = 1 / coding(d)
+    inverse = inverse(coding(d))
     if guard:
         inverse = torch.where(d == 0, 0, inverse)
     steps = groups * inverse if inverts else groups / torch.where(d == 0, 1, d)
-    codes = code(steps).clamp(low, high)
-    return ((codes - 8) * stored(d)).flatten(-2)
+    whole = code(steps).clamp(low, high) - 8
+    return (product(whole, d) if product else whole * stored(d)).flatten(-2)
 
 
 def _signed_largest(groups):
@@ -506,6 +592,11 @@ def _signed_largest(groups):
 def _last_largest(groups):
     place = groups.shape[-1] - 1 - groups.flip(-1).abs().argmax(-1, keepdim=True)
     return groups.gather(-1, place)
+
+
+def _larger_end(groups):
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    return torch.where(high > -low, high, low)
 
 
 def _strided(weight):
@@ -579,8 +670,8 @@ _Q4_0_MUTANTS = (
     Mutant(
         "cut off before the 8 is added",
         lambda weight: _q4_0(weight, code=lambda u: (u + 0.5).trunc() + 8),
-        "This is what you get when w * (1 / d) + 0.5 is cut off: below zero that rounds towards zero, upwards. With 8.5 "
-        "added nothing is below zero.",
+        "This is what you get when w * (1 / d) + 0.5 is cut off: below zero that rounds upwards, towards zero. With "
+        "8.5 added nothing is below zero.",
     ),
     Mutant(
         "no end at 15",
@@ -625,6 +716,43 @@ _Q4_0_MUTANTS = (
         lambda weight: _q4_0(weight, stored=torch.ones_like),
         "These are codes: multiply them by d.",
     ),
+    Mutant(
+        "floor(... + 0.5)",
+        lambda weight: _q4_0(weight, code=lambda u: (u + 0.5).floor() + 8),
+        "Only the next number below a half differs: in exact arithmetic floor(u + 0.5) + 8 is trunc(u + 8.5), but "
+        "u + 8.5 is rounded to float32 before it is cut off, and for such a number that is up to the next whole one. A "
+        "file has llama.cpp's rounding.",
+    ),
+    Mutant(
+        "in float64",
+        lambda weight: _q4_0(weight.double(), stored=lambda d: d.half().double()),
+        "Only weights within a hair of halfway differ: this was computed in float64, and llama.cpp computes in float32 "
+        "throughout.",
+    ),
+    Mutant(
+        "the larger of maximum and minimum",
+        lambda weight: _q4_0(weight, largest=_larger_end),
+        "Only a group with two equally large weights is wrong, where the positive one comes first: the first of them "
+        "counts, as with argmax, and not always the negative one.",
+    ),
+    Mutant(
+        "the product in float16",
+        lambda weight: _q4_0(weight, product=lambda steps, d: (steps.half() * d.half()).float()),
+        "This is what you get when code - 8 and d are multiplied in float16: d is stored in float16, and the product "
+        "is computed in float32.",
+    ),
+    Mutant(
+        "1 / d rounded to float16",
+        lambda weight: _q4_0(weight, inverse=lambda d: (1 / d).half().float()),
+        "This is what you get when 1 / d is rounded to float16: for a small d it is infinite then. Only the stored d "
+        "is rounded.",
+    ),
+    Mutant(
+        "a little added to d",
+        lambda weight: _q4_0(weight, inverse=lambda d: 1 / (d + 1e-8)),
+        "Only very small weights are wrong: something like 1e-8 was added to d to keep zeros out of the division, and "
+        "next to such a d that is much. Replace the inverse only where d is 0.",
+    ),
 )
 
 
@@ -646,6 +774,19 @@ def _loss(student_logits, teacher_logits, kl=_kl, mean=torch.mean):
 
 def _temperature(student_logits, teacher_logits):
     return 4 * qat.distillation_loss(student_logits / 2, teacher_logits / 2)
+
+
+def _log_of_more(logits):
+    return (logits.softmax(-1) + 1e-8).log()
+
+
+def _without_nan(student_logits, teacher_logits):
+    student, teacher = student_logits.softmax(-1), teacher_logits.softmax(-1)
+    return (teacher * (teacher.log() - student.log())).nan_to_num().sum(-1).mean()
+
+
+def _rows_of_log(*logits):
+    return [_log_softmax(each).flatten(0, -2) for each in logits]
 
 
 _LOSS_MUTANTS = (
@@ -734,9 +875,43 @@ _LOSS_MUTANTS = (
         "This is the negative of the divergence, which is never below zero: turn the sign round.",
     ),
     Mutant(
-        "a gradient for the teacher only",
+        "no gradient for the student",
         with_gradient(lambda s, t: qat.distillation_loss(s.detach(), t)),
         "The value is right, but no gradient arrives at the student: leave its logits in the graph.",
+    ),
+    Mutant(
+        "a number for a tensor",
+        with_gradient(lambda s, t: qat.distillation_loss(s, t).item()),
+        "The value is right, but it is a number, as item() makes it: nothing leads back from that. Return the tensor.",
+    ),
+    Mutant(
+        "softmax, then log, for the student only",
+        with_gradient(lambda s, t: _kl(s.softmax(-1).log(), _log_softmax(t)).mean()),
+        "Only where the student is very sure is this wrong: its softmax gives 0 there, and the logarithm of that is "
+        "infinite. Use log_softmax for both.",
+    ),
+    Mutant(
+        "log(p + 1e-8)",
+        with_gradient(lambda s, t: _kl(_log_of_more(s), _log_of_more(t)).mean()),
+        "This is what you get when something like 1e-8 is added before the logarithm: it is finite then, but wrong for "
+        "all tokens that are hardly likely. log_softmax needs no such help.",
+    ),
+    Mutant(
+        "nan_to_num",
+        with_gradient(_without_nan),
+        "Only where a model is very sure is this wrong: nan_to_num replaces what softmax and log have spoiled, and the "
+        "right number is lost. Use log_softmax.",
+    ),
+    Mutant(
+        "log_target forgotten",
+        with_gradient(lambda s, t: F.kl_div(*_rows_of_log(s, t), reduction="batchmean")),
+        "This is what F.kl_div gives when its second argument holds log probabilities and log_target=True is missing: "
+        "it takes them for probabilities.",
+    ),
+    Mutant(
+        "sum over the positions of a text",
+        with_gradient(lambda s, t: _loss(s, t, mean=lambda kl: kl.sum(-1).mean())),
+        "This is the sum over the positions of each text, and the mean over texts: take the mean over all positions.",
     ),
 )
 
