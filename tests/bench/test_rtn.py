@@ -26,7 +26,7 @@ def test_the_committed_table_has_its_provenance_and_falls_bit_by_bit():
 
 
 def test_unknown_results_are_named():
-    with pytest.raises(ValueError, match="no results called 'nothing'; there are: .*rtn"):
+    with pytest.raises(ValueError, match=r"no results called 'nothing'; there are: .*rtn"):
         results.read("nothing")
 
 
