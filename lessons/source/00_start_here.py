@@ -178,7 +178,7 @@ course.hint("start_here.packed_size")
 # | 03 | [Zero-point](03_zero_point.ipynb) | 55 | lopsided rulers, integer matrix products, where to clip |
 # | 04 | [Whole models](04_ptq.ipynb) | 80 | what a model weighs; activations in 8 bits, calibration, outliers |
 # | 05 | [QAT](05_qat.ipynb) | 80 | training under rounding: gradients through a staircase; learning from the unquantized model |
-# | 06 | [GPTQ and AWQ](06_gptq.ipynb) | 70 | round one weight, let the others make up for it |
+# | 06 | [GPTQ and AWQ](06_gptq.ipynb) | 100 | round one weight, let the others make up for it |
 #
 # More lessons follow. Each asks you to predict, works a small case by hand, climbs from a Python loop to fast code, compares with an independent
 # implementation, lets you drag what matters, and ends on the model. On the way you build one sentence: *a format is a grid of numbers, and

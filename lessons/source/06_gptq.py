@@ -6,12 +6,12 @@
 # %% [markdown]
 # # 06 · GPTQ and AWQ: round with the inputs in view
 #
-# **In 70 minutes** you will know how one weight makes up for the error of another, what calibration text teaches a quantizer and how it
-# misleads it, what to do about "not positive-definite", and how AWQ gets far without any of this. You need lesson 03.
+# **In 100 minutes** you will know how one weight makes up for the error of another, what calibration text teaches a quantizer and how it
+# misleads it, what to do about "not positive-definite", and how AWQ gets far without this. You need lesson 03.
 #
-# **The question.** Round-to-nearest, RTN for short, gives every weight the nearest number of its grid. No other choice on the same grid has
-# smaller errors, weight by weight. Now take a layer of our model, 3 bits in groups of 64, keep the grids, and let somebody choose other
-# codes. Of RTN's squared error of the *output*, W x, what share may be left?
+# **The question.** Round-to-nearest, RTN, gives each weight the nearest number of its grid. No other choice on the same grid has
+# smaller errors, weight by weight. Take a layer of our model, 3 bits in groups of 64, keep the grids, and let somebody choose other
+# codes. Of RTN's squared error of the *output*, W x, on the calibration text, what share may be left?
 
 # %%
 import math
@@ -83,7 +83,7 @@ course.table(outputs=x @ np.full(3, 0.3), nearest=x @ nearest, spread=x @ spread
 
 # %% [markdown]
 # 0, 0, 1 has an error of 0.68 where nearest has 1.08. And yet the third weight, 0.3, was stored as 1! The squared errors of the weights
-# have grown to two and a half times what they were, and the output is better for it. It is the output that counts.
+# have grown to two and a half times what they were, and the output is better for it.
 #
 # ## The same, with the inverse
 #
@@ -92,7 +92,8 @@ course.table(outputs=x @ np.full(3, 0.3), nearest=x @ nearest, spread=x @ spread
 #
 # w_F  ←  w_F − (w_i − q) / [H_F⁻¹]_ii · (row i of H_F⁻¹)
 #
-# and the error grows by (w_i − q)² / [H_F⁻¹]_ii. This is from Optimal Brain Surgeon, of 1993.
+# and the error grows by (w_i − q)² / [H_F⁻¹]_ii. This is Optimal Brain Surgeon (1993), which removed
+# weights; **OBQ** rounds by it.
 
 # %% tags=["nbval-check-output"]
 inverses = [([[3, -1, -1], [-1, 3, -1], [-1, -1, 3]], 4), ([[2, -1], [-1, 2]], 3), ([[1]], 2)]  # each to be divided
@@ -234,9 +235,10 @@ def definition(W, H):
 
 
 # %% [markdown]
-# That is one inversion a column. But all rows take the columns in the same order, so the rows of the inverses can be known in advance.
+# That is one inversion a column. But let all rows take the columns in the same order: then the rows of the inverses are known in advance.
 # Let U be the upper triangular **Cholesky factor** of the inverse, H⁻¹ = Uᵀ U. Then row i of U is row i of the inverse of what is left at
-# column i, divided by a number: the root of its first entry. This is what GPTQ added in 2022.
+# column i, divided by a number: the root of its first entry. The one order for all rows, and this, are what
+# GPTQ added in 2022.
 
 # %% tags=["nbval-check-output"]
 U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -277,7 +279,7 @@ assert same.float().mean() > 0.95  # a tie that float32 breaks otherwise would c
 # %% [markdown]
 # The package computes in float32 and in **blocks** of 128 columns: within a block each column updates the rest of the block only, and one
 # matrix product brings all errors of the block to the columns behind it. The result is the same, and most of the work has become matrix
-# products, which is what a GPU is fast at. On the CPU, for a layer of 768 columns:
+# products, which is what a GPU is fast at. On a CPU, and for a layer of only 768 columns, it may gain nothing:
 
 # %%
 down, down_statistics = weights["mlp.down_proj"], seen["mlp.down_proj"]
@@ -323,7 +325,7 @@ for method in ("round to nearest", "GPTQ", "GPTQ, largest input first"):
 #
 # ## The order
 #
-# `act_order="static"` sorts the columns by the diagonal of H, largest first. (Other programs call it `desc_act`.)
+# `act_order="static"` sorts the columns by the diagonal of H, largest first. (It is close to `desc_act` elsewhere.)
 
 # %%
 print("the first columns would be", hessian.diagonal().argsort(descending=True)[:6].tolist())
@@ -413,8 +415,8 @@ print(caught[0].message)
 assert "raised from 0 to 0.01" in str(caught[0].message)
 
 # %% [markdown]
-# So damping is a repair? Then it should be as small as possible. Without any damping GPTQ is exact, and with very much H looks like a
-# diagonal matrix, nothing is spread, and GPTQ becomes RTN. Where would you set it, for all 4,096 tokens?
+# So damping is a repair? Then it should be as small as possible. Without any, each shift is the best one for the calibration inputs; with very
+# much, H looks like a diagonal matrix, nothing is spread, and GPTQ becomes RTN. Where would you set it, for all 4,096 tokens?
 
 # %%
 dampings = (1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100)
@@ -499,7 +501,7 @@ for bits, search in found.items():
 
 # %% [markdown]
 # A fifth or more of the error, in the layer with the largest outlier. The dip is shallow, but it was paid with one fitted number, and one
-# number cannot learn a text by heart.
+# number can hardly learn a text by heart. (The clip, which comes next, fits more.)
 #
 # ## The clip
 #
@@ -542,7 +544,7 @@ assert difference < 1e-4
 
 # %% [markdown]
 # Three groups fold: two into a norm, `down_proj` into the rows of `up_proj`. `o_proj` does not. With **grouped-query attention** four query
-# heads share two value heads, so one channel of v becomes two channels of x, and these want different s. There AWQ stores 1/s with the
+# heads share two value heads, so one channel of v becomes two channels of x, and these want different s. There our AWQ stores 1/s with the
 # matrix, 16 bits a column, and the layer multiplies its input when it runs. It is small, but it is not free, and we count it:
 
 # %% tags=["nbval-check-output"]
@@ -555,8 +557,8 @@ assert 16 * o_proj.shape[1] / o_proj.numel() == 0.0625
 # %% [markdown]
 # ## On the model
 #
-# All layers now, 3 bits in groups of 64. Each block is calibrated on what the blocks before it, already quantized, hand over; so it can
-# make up for some of their errors too. For the sake of your time we calibrate on 2,048 tokens, an eighth of the package's default, and AWQ
+# All layers now, 3 bits in groups of 64. Each block is calibrated on what the blocks before it, already quantized, hand over: H
+# describes the inputs that the layer will really get. Their errors are not undone, for the target is W x with these x. For the sake of your time we calibrate on 2,048 tokens, an eighth of the package's default, and AWQ
 # tries four ratios in place of twenty.
 
 # %%
@@ -600,7 +602,7 @@ for name in ("AWQ", "GPTQ", "GPTQ, random tokens", "GPTQ, order, clip"):
 # %% [markdown]
 # Calibrated on random tokens GPTQ loses most of what it had gained. The text must be of the kind that the model will read.
 #
-# And the best row is GPTQ with a clip. Where a grid ends and which codes are chosen on it are two questions. Methods that are told as rivals
+# And the best row is GPTQ with the order and a clip. Where a grid ends and which codes are chosen on it are two questions. Methods that are told as rivals
 # answer different ones, and add up.
 #
 # ## The board
@@ -634,7 +636,7 @@ for bits in (4, 3, 2):
     assert min(of, key=of.get) == "GPTQ with order and clipping" and max(of, key=of.get) == "RTN"
 two = {method: table[f"{method}, 2 bit"] for method in METHODS}
 assert two["GPTQ"].kl_divergence > two["RTN with clipping"].kl_divergence and two["QAT"].kl_divergence < two["GPTQ with order and clipping"].kl_divergence / 3
-print(f"2 bits, KLD: RTN with clipping {two['RTN with clipping'].kl_divergence:.2f}, GPTQ {two['GPTQ'].kl_divergence:.2f}, both {two['GPTQ with order and clipping'].kl_divergence:.2f}")
+print(f"2 bits, KLD: RTN with clipping {two['RTN with clipping'].kl_divergence:.2f}, GPTQ {two['GPTQ'].kl_divergence:.2f}, GPTQ with order and clipping {two['GPTQ with order and clipping'].kl_divergence:.2f}")
 
 # %% [markdown]
 # Of the first five, GPTQ with order and clip is best at every width. At 2 bits GPTQ alone is no better than RTN with a clip: four rulings
@@ -654,7 +656,8 @@ print(f"the Hessian of down_proj alone, 14336 x 14336 in float32: {4 * 14336**2 
 assert seconds["gptq"] > seconds["awq"] > 10 * seconds["zero_point"]
 
 # %% [markdown]
-# RTN is done at once. GPTQ and AWQ take minutes for the whole model, and GPTQ the memory of some very large matrices.
+# RTN is done at once. For 32 such blocks AWQ takes less than a minute and GPTQ four, and GPTQ needs the memory of
+# some very large matrices.
 #
 # ## Find the bug
 #
