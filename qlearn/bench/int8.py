@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from qlearn.bench.results import provenance, write
+from qlearn.bench.results import write
+from qlearn.evaluate.provenance import provenance
 from qlearn.methods import absmax
 from qlearn.models.int8 import int8_linear, int8_matmul, quantize_with
 

@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlearn.bench.results import provenance, write
+from qlearn.bench.results import write
+from qlearn.evaluate.provenance import provenance
 from qlearn.models import quantize_model
 from qlearn.models.calibration import walk
 from qlearn.models.linear import QuantLinear

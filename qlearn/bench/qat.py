@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from qlearn import evaluate
-from qlearn.bench.results import provenance, write
+from qlearn.bench.results import write
+from qlearn.evaluate.provenance import provenance
 from qlearn.formats import gguf_blocks
 from qlearn.models import load_model, quantize_model
 from qlearn.models.quantize import linear_layers

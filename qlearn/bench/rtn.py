@@ -7,7 +7,8 @@ measures each model on the whole evaluation text. It takes five minutes on two C
 """
 
 from qlearn import evaluate
-from qlearn.bench.results import provenance, write
+from qlearn.bench.results import write
+from qlearn.evaluate.provenance import provenance
 from qlearn.models import load_model, quantize_model
 
 BITS = (8, 6, 5, 4, 3, 2)

@@ -8,7 +8,7 @@ from the start for every block: the hidden states of all calibration tokens stan
 worked on, and then they pass through it and stand in front of the next one. That keeps two promises:
 
 * **Quantized inputs.** The hidden states pass through each block as it has become. A layer is calibrated on what it
-  will really be given, with the errors of all layers below it, and can make up for some of them.
+  will really be given, the errors of all layers below it included.
 * **One block at a time.** What is held beside the model are the hidden states, tokens x width, and the statistics of
   the layers at hand, whatever the number of blocks.
 

@@ -18,19 +18,17 @@ It needs a GPU: 400 seconds of an H200 are about two days of a laptop.
 import argparse
 import json
 import math
-import platform
 import random
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qlearn.evaluate.provenance import provenance
 from qlearn.training import corpus
 
 END = "<|endoftext|>"
@@ -178,17 +176,6 @@ def save(model, tokenizer, folder):
     wrapped.save_pretrained(folder)
 
 
-def provenance():
-    """Where and when a result was measured."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main(argv=None):
     """The command; see the top of this file."""
     parser = argparse.ArgumentParser(description="Train the bundled model.")
@@ -218,8 +205,7 @@ def main(argv=None):
     loss = held_out_loss(model, on_gpu[1])
     held_bytes = sum(len(t.encode()) for t in held)
     record = {
-        "command": "python -m qlearn.training.pretrain " + f"--steps {run['steps']}",
-        **provenance(),
+        **provenance(f"python -m qlearn.training.pretrain --steps {run['steps']}"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus": {
             "files": len(learned),

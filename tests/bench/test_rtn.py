@@ -3,6 +3,7 @@
 import pytest
 
 from qlearn.bench import results, rtn
+from qlearn.evaluate.provenance import provenance
 
 
 def test_a_small_measurement_has_the_rows_it_promises():
@@ -32,6 +33,6 @@ def test_unknown_results_are_named():
 
 def test_writing_replaces_whole_files(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "_FOLDER", tmp_path)
-    results.write("x", results.provenance("a command") | {"value": 1})
+    results.write("x", provenance("a command") | {"value": 1})
     assert results.read("x")["command"] == "a command"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

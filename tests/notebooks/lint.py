@@ -14,7 +14,7 @@ from qlearn.course import cells, places
 
 MOST_LINES, MEDIAN_LINES, MOST_WORDS = 30, 8, 120
 MAGICS = {"%time", "%%time", "%timeit", "%%timeit", "%matplotlib"}
-MACHINE = [str(places.PACKAGE.parent), sys.prefix, str(Path.home()), "/home/", "/Users/", "/root/", "/tmp/", "C:\\"]
+MACHINE = [str(places.PACKAGE.parent), sys.prefix, str(Path.home()), "/home/", "/Users/", "/tmp/", "C:\\"]
 _LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=[\"']([^\"']+)")
 
 

@@ -1,27 +1,10 @@
-"""Results files: JSON with the figures, and with where they come from (date, machine, versions, command)."""
+"""Results files: JSON with the figures, and with where they come from (`evaluate.provenance`)."""
 
 import json
 import os
-import platform
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 _FOLDER = Path(__file__).parent
-
-
-def provenance(command):
-    """Where a result comes from: the command, the date, the machine, the versions that matter."""
-    return {
-        "command": command,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy")},
-    }
 
 
 def write(name, record, folder=None):
