@@ -29,7 +29,7 @@ import qlearn
 from qlearn import course, evaluate
 from qlearn.bench import results
 from qlearn.methods.observers import make_observer
-from qlearn.models import QuantLinear, int8, outliers, smoothquant
+from qlearn.models import QuantLinear, int8, outliers, quantize_w8a8, smoothquant
 from qlearn.models.calibration import calibration_ids
 from qlearn.models.layers import linear_layers
 
@@ -387,7 +387,7 @@ rows["W8"] = evaluate.report(weights_only, tokenizer, reference, name="W8, input
 
 def w8a8(name, source=model, **options):
     """Quantize a copy of a model to W8A8, measure it, and keep the row."""
-    quantized = int8.quantize_w8a8(copy.deepcopy(source), calibration=calibration, progress=False, **options)
+    quantized = quantize_w8a8(copy.deepcopy(source), calibration=calibration, progress=False, **options)
     rows[name] = evaluate.report(quantized, tokenizer, reference, name=f"W8A8 {name}")
 
 

@@ -22,7 +22,7 @@ from qlearn import evaluate
 from qlearn.bench.results import write
 from qlearn.evaluate.provenance import provenance
 from qlearn.models import load_model, quantize_model
-from qlearn.models.int8 import quantize_w8a8
+from qlearn.models.w8a8 import quantize_w8a8
 from qlearn.training import qat
 
 GROUP_SIZE = 64

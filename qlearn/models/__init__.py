@@ -4,7 +4,7 @@
     quantize_model       every linear layer and expert of a model, in place                    quantize.py
     QuantLinear          the layer that takes the place of nn.Linear                           linear.py
     QuantizationConfig   transformers' own way: from_pretrained, save_pretrained               plugin.py
-    quantize_w8a8        weights and activations in 8 bits                                     int8.py
+    quantize_w8a8        weights and activations in 8 bits                                     w8a8.py
     generate             the greedy continuation of a prompt                                   generate.py
 
 What they stand on: which matrices a model has (`layers.py`, `experts.py`), what flows through it block by block
@@ -15,10 +15,10 @@ They work on any causal language model of transformers; nothing is special-cased
 """
 
 from qlearn.models.generate import generate
-from qlearn.models.int8 import quantize_w8a8
 from qlearn.models.linear import QuantLinear
 from qlearn.models.loading import load_model
 from qlearn.models.plugin import QuantizationConfig
 from qlearn.models.quantize import quantize_model
+from qlearn.models.w8a8 import quantize_w8a8
 
 __all__ = ["QuantLinear", "QuantizationConfig", "generate", "load_model", "quantize_model", "quantize_w8a8"]

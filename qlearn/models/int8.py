@@ -1,4 +1,4 @@
-"""W8A8: weights and activations both in 8 bits, multiplied as integers.
+"""A layer of W8A8: weights and activations both in 8 bits, multiplied as integers. `w8a8.py` has whole models.
 
 A layer that keeps only its weight in few bits saves memory, but it multiplies in floating point as before. If its
 inputs are integers as well, the whole product can be computed with integers, and processors have units that do this
@@ -25,33 +25,14 @@ Source: LLM.int8() (arXiv 2208.07339) and SmoothQuant (arXiv 2211.10438) for per
 """
 
 import functools
-import warnings
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
-from qlearn.evaluate.windows import LOGITS_AT_ONCE
-from qlearn.methods.affine import absmax
-from qlearn.methods.blocking import check_weight
-from qlearn.methods.observers import make_observer
-from qlearn.models import smoothquant
-from qlearn.models.calibration import resolve_ids, whole
-from qlearn.models.layers import (
-    SKIP,
-    check_skip,
-    expert_stacks,
-    kinds,
-    linear_layers,
-    replace_layers,
-    warn_of_others,
-)
 from qlearn.models.linear import QuantLinear
-from qlearn.models.recording import GLANCE, forward, watching
 
 MAX_IN_FEATURES = (2**31 - 1) // 128**2
 QMAX = 127
-ACTIVATIONS = ("dynamic", "static")
 
 
 def int8_matmul(x_codes, w_codes):
@@ -164,111 +145,6 @@ class Int8Linear(QuantLinear):
         """What print(model) shows."""
         inputs = "dynamic" if self.input_scale is None else f"static, scale {self.input_scale.item():.3g}"
         return f"{super().extra_repr()}, inputs int8 {inputs}"
-
-
-def quantize_w8a8(
-    model,
-    activations="dynamic",
-    observer="minmax",
-    smooth=None,
-    calibration=None,
-    tokenizer=None,
-    skip=SKIP,
-    progress=True,
-    **options,
-):
-    """Quantize the linear layers of a model to W8A8, in place.
-
-    activations: "dynamic", or "static" with scales from an observer.
-    observer: "minmax", "percentile", "mse" or "entropy"; options: its own.
-    smooth: None, or the alpha of `smoothquant.smooth` (0.5 is usual), which is applied to the float model first.
-    calibration, tokenizer: what static activations and smoothing learn from, as for `quantize_model`.
-    skip: layers to leave out, as for `quantize_model`.  progress: show bars.
-    Returns the model.
-    Raises ValueError as `quantize_model` does, and for a layer that the calibration text never reached; no layer is
-    replaced then, but the model may be smoothed already, which leaves what it computes as it was.
-
-    >>> import qlearn
-    >>> model, tokenizer = qlearn.load_model()
-    >>> quantize_w8a8(model, progress=False).model.layers[0].mlp.down_proj
-    Int8Linear(768, 256, bias=False, int8, 8.02 bits, inputs int8 dynamic)
-    """
-    from qlearn.models.plugin import mark_quantized  # which imports this file, to save its layers
-
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations={activations!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
-    make_observer(observer, **options)  # a mistake in these is found before the calibration, not after it
-    skip = check_skip(model, skip)
-    layers, scales = linear_layers(model, skip), {}
-    _check_weights(model, layers, skip)
-    if activations == "static" or smooth is not None:
-        ids = resolve_ids(model, calibration, tokenizer)
-    if smooth is not None:
-        smoothquant.smooth(model, smooth, ids, progress=progress)
-    if activations == "static":
-        scales = calibrate_scales(model, layers, ids, observer, progress, **options)
-    _warn_of_floats(model, skip)
-    for name in tqdm(list(layers), desc=f"W8A8, {activations}", unit=" layers", disable=not progress):
-        layer = layers.pop(name)  # let go of each float weight before the next one's turn
-        replace_layers(model, {layer: Int8Linear(absmax(layer.weight, bits=8), layer.bias, scales.get(name))})
-    mark_quantized(model, "absmax", 8, None, skip, activations=activations)
-    return model
-
-
-def calibrate_scales(model, layers, ids, observer="minmax", progress=True, **options):
-    """Run the model over calibration text and choose a scale for the inputs of each layer.
-
-    layers: dict name -> layer.  ids: int64 (windows, window).  observer, options: as for `make_observer`.
-    Returns dict name -> float.  Raises ValueError for a layer that was given nothing, or NaN.
-    """
-    groups = whole(model, ids[:1, :GLANCE]).groups(layers)  # layers that read the same tensor need one observer
-    observers = {group[0]: make_observer(observer, **options) for group in groups}
-    batch = max(1, LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size * ids.shape[1]))
-
-    def see(name, x):
-        try:
-            observers[name].observe(x)
-        except ValueError as error:
-            raise ValueError(f"the inputs of layer {name}: {error}") from error
-
-    with watching({name: layers[name] for name in observers}, see):
-        for windows in tqdm(ids.split(batch), desc="observing", unit=" batches", disable=not progress):
-            forward(model, windows)
-    return {name: _scale(observers[group[0]], name) for group in groups for name in group}
-
-
-def _scale(observer, name):
-    """The scale for the inputs of a layer, or an error that names the layer."""
-    try:
-        return observer.scale(bits=8)
-    except ValueError as error:
-        raise ValueError(
-            f"layer {name} was given nothing by the calibration text; use activations='dynamic', or name it in skip"
-        ) from error
-
-
-def _check_weights(model, layers, skip):
-    """Raise ValueError for a layer that cannot be quantized, before any is."""
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize with skip={skip}; name fewer of them")
-    for name, layer in layers.items():
-        try:
-            largest_row = check_weight(layer.weight).abs().amax(1).argmax()
-            absmax(layer.weight[largest_row : largest_row + 1], bits=8)
-        except ValueError as error:
-            raise ValueError(f"layer {name} ({layer.out_features} x {layer.in_features}): {error}") from error
-
-
-def _warn_of_floats(model, skip):
-    """Say which large matrices stay in floating point: their inputs cannot be quantized from outside."""
-    warn_of_others(model, skip, stacklevel=3)
-    stacks = expert_stacks(model, skip)
-    if stacks:
-        warnings.warn(
-            f"{len(stacks)} stacks of experts stay in floating point, because their inputs pass inside of one module: "
-            f"{', '.join(kinds(stacks))}; name them in skip= to say that this is intended",
-            stacklevel=3,
-        )
 
 
 def _check_codes(x_codes, w_codes):

@@ -45,7 +45,9 @@ def test_every_export_was_exact(runs, longer):
 def test_longer_trainings_differ_in_their_learning_rate_alone(runs, longer):
     given = ("bits", "fake_quant", "loss", "clip_mask", "scale_gradient", "group_size", "tokens_per_step")
     assert all(run[field] == runs["4 bit"][field] for run in longer for field in given)
-    assert sorted(run["lr"] for run in longer) == [5e-5, 1e-4, 2e-4, 4e-4] and {run["steps"] for run in longer} == {5000}
+    assert sorted(run["lr"] for run in longer) == [5e-5, 1e-4, 2e-4, 4e-4] and {run["steps"] for run in longer} == {
+        5000
+    }
 
 
 def test_the_way_there_is_recorded(runs, longer):

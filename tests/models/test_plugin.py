@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 import qlearn
 from qlearn.methods import CALIBRATED, METHODS
 from qlearn.models import QuantizationConfig, QuantLinear, load_model, quantize_model
-from qlearn.models.int8 import Int8Linear, quantize_w8a8
+from qlearn.models.int8 import Int8Linear
 from qlearn.models.loading import BUNDLED
 from qlearn.models.plugin import VERSION, CheckpointError
+from qlearn.models.w8a8 import quantize_w8a8
 
 INPUT = torch.arange(24).view(2, 12)
 load = AutoModelForCausalLM.from_pretrained

@@ -93,11 +93,18 @@ def _hessian_cases():
         Case("one token", (_eighths(1, 3, seed=3),)),
         Case("windows of tokens", (_eighths(3, 5, 4, seed=4),)),
         Case("one window", (_eighths(1, 6, 3, seed=5),)),
+        Case("batches of windows", (_eighths(2, 3, 4, 5, seed=10),)),
         Case("a channel that is always 0", (silent,)),
         Case("inputs that are far from 0", (_eighths(16, 3, seed=7, offset=2),)),
         Case("one channel", (_eighths(9, 1, seed=8),)),
         Case("a single vector", (_eighths(4, seed=9),)),
     ]
+
+
+def _silent_hessian():
+    h = _hessian_of(32, 6, seed=8)
+    h[3], h[:, 3] = 0, 0
+    return h
 
 
 def _inverse_factor_cases():
@@ -108,6 +115,7 @@ def _inverse_factor_cases():
         Case("random, 8 columns, much damping", (_hessian_of(64, 8, seed=2), 0.3)),
         Case("channels of very different size", (torch.tensor([[90.0, 2.0], [2.0, 0.5]], dtype=torch.float64), 0.01)),
         Case("fewer tokens than columns", (_hessian_of(5, 12, seed=4), 0.01)),
+        Case("a channel that is always 0", (_silent_hessian(), 0.01)),
         Case("two channels that always carry the same", (torch.ones(2, 2, dtype=torch.float64), 0.5)),
         Case("a diagonal", (torch.diag(torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)), 0.0)),
         Case("one column", (torch.tensor([[4.0]], dtype=torch.float64), 0.25)),
@@ -164,6 +172,7 @@ def _awq_scale_cases():
     outlier, silent, loud = _random(20, 6, seed=3).float(), _random(10, 5, seed=4).float(), 300 * _random(8, 4).float()
     outlier[:, 2] *= 60
     silent[:, 1] = 0
+    faint = silent + torch.tensor([0, 1e-9, 0, 0, 0])
     return [
         Case("random, half way", (_random(32, 8).float(), 0.5)),
         Case("not scaled at all", (_random(32, 8, seed=1).float(), 0.0)),
@@ -171,6 +180,7 @@ def _awq_scale_cases():
         Case("one large channel", (outlier, 0.3)),
         Case("a channel that is always 0", (silent, 0.5)),
         Case("a channel that is always 0, hardly scaled", (silent, 0.05)),
+        Case("a channel that is almost 0", (faint, 0.7)),
         Case("large inputs", (loud, 0.7)),
         Case("one token", (_random(1, 6, seed=5).float(), 0.4)),
         Case("channels that are never negative", (_random(12, 4, seed=6).float().abs(), 0.6)),
@@ -193,6 +203,7 @@ def _fold_cases():
         case("gate and up", 5, 9, 9, seed=2),
         case("as many rows as columns", 4, 4, seed=3),
         case("a norm that is stored less 1, as Gemma's is", 6, 3, 6, offset=1, seed=4),
+        case("a norm that is stored less a half", 5, 3, offset=0.5, seed=8),
         case("one row", 7, 1, seed=5),
         Case("all scales 1", (_random(3).float(), [_random(2, 3, seed=6).float()], torch.ones(3))),
         Case("powers of two", (torch.ones(3), [torch.tensor([[1.0, -2.0, 0.5]])], torch.tensor([2.0, 0.5, 4.0]))),
@@ -255,6 +266,12 @@ _HESSIAN_MUTANTS = (
         lambda x: 2 / x.shape[0] * _sum(x),
         "This is what you get when n is x.shape[0]: for windows of tokens that counts windows, and for a single vector "
         "channels. Make it (tokens, columns) first.",
+    ),
+    Mutant(
+        "two axes joined",
+        lambda x: hessian(x) if x.dim() < 4 else x.flatten(0, 1).mT @ x.flatten(0, 1),
+        "Only batches of windows are wrong: joining the first two axes is not enough there. "
+        "x.reshape(-1, x.shape[-1]) joins all of them but the last.",
     ),
     Mutant(
         "one Hessian for each window",
@@ -357,6 +374,17 @@ _INVERSE_FACTOR_MUTANTS = (
         "mean of the whole matrix",
         _damped_by(lambda hessian: hessian.mean()),
         "This is what you get for a share of the mean of all entries: take the mean of the diagonal.",
+    ),
+    Mutant(
+        "silent channels set to 1",
+        lambda hessian, percdamp: inverse_factor(hessian + torch.diag((hessian.diagonal() == 0).double()), percdamp),
+        "Only a channel that is always 0 is wrong: GPTQ's programs put 1 on its diagonal first, but the damping alone "
+        "makes it invertible, and that is all that is asked for here.",
+    ),
+    Mutant(
+        "mean of the channels that speak",
+        _damped_by(lambda hessian: hessian.diagonal()[hessian.diagonal() > 0].mean()),
+        "Only a channel that is always 0 is wrong: it counts in the mean of the diagonal, like all others.",
     ),
     Mutant(
         "each entry damped by itself",
@@ -629,9 +657,12 @@ _QUANTIZE_MUTANTS = (
 # The mistakes: `awq_scale`.
 
 
-def _normalized(scale):
-    scale = scale.clamp(min=1e-4)
+def _balanced(scale):
     return scale / (scale.max() * scale.min()).sqrt()
+
+
+def _normalized(scale):
+    return _balanced(scale.clamp(min=1e-4))
 
 
 _AWQ_SCALE_MUTANTS = (
@@ -695,13 +726,18 @@ _AWQ_SCALE_MUTANTS = (
     ),
     Mutant(
         "silent channel not guarded",
-        lambda x, ratio: (s := x.abs().mean(0) ** ratio) / (s.max() * s.min()).sqrt(),
+        lambda x, ratio: _balanced(x.abs().mean(0) ** ratio),
         "Only a channel that is always 0 is wrong: its scale is 0, and everything is divided by it. No scale may be "
         "below 1e-4.",
     ),
     Mutant(
+        "only zeros guarded",
+        lambda x, ratio: _balanced((s := x.abs().mean(0) ** ratio).where(s != 0, 1e-4)),
+        "Only a channel that is almost 0 is wrong: not only zeros, but every scale below 1e-4 becomes 1e-4.",
+    ),
+    Mutant(
         "guarded before the power",
-        lambda x, ratio: (s := x.abs().mean(0).clamp(min=1e-4) ** ratio) / (s.max() * s.min()).sqrt(),
+        lambda x, ratio: _balanced(x.abs().mean(0).clamp(min=1e-4) ** ratio),
         "Only a channel that is always 0 is wrong: 1e-4 is the least scale, not the least input, so the power comes "
         "first.",
     ),
@@ -780,6 +816,11 @@ _FOLD_MUTANTS = (
         "offset not taken off",
         lambda norm, weights, scale, offset=0: ((offset + norm) / scale, _behind(norm, weights, scale)),
         "Only a norm with an offset is wrong: what is stored is the factor less the offset, so subtract it again.",
+    ),
+    Mutant(
+        "offset taken for 1",
+        lambda norm, weights, scale, offset=0: fold(norm, weights, scale, 1 if offset else 0),
+        "Only an offset that is neither 0 nor 1 is wrong: calculate with `offset` itself.",
     ),
     Mutant(
         "half for each",
