@@ -290,7 +290,8 @@ print(codes.dtype, "codes and", int8.int8_matmul(codes, W.to(torch.int8)).dtype,
 # ## The ladder
 #
 # The sums of a real layer: a loop over Python's integers, torch with 32-bit integers, Numba, and torch's own product of 8-bit integers,
-# `torch._int_mm`, which uses the instructions that processors have for this. Last, for comparison, the same product in floats.
+# `torch._int_mm`, which uses the instructions that processors have for this, if yours has them. Last, for comparison, the same product in
+# floats.
 
 # %%
 def loop(X, W):
@@ -329,8 +330,9 @@ for name, function, *arguments in (
 # %% [markdown]
 # ## Parity
 #
-# As a rule 32-bit integers are slower than floats, for which torch has its fastest code; only 8-bit integers are quicker. Now compare all
-# results with 64-bit integers. (Floats as well: sums of 256 products stay below 2²⁴, up to where float32 holds every integer.)
+# As a rule 32-bit integers are slower than floats, for which torch has its fastest code. 8-bit integers are quicker on a processor with
+# instructions for them, and may be the slowest on another; there the package multiplies floats. Is that exact? Compare all results with 64-bit
+# integers. (Sums of 256 products stay below 2²⁴, up to where float32 holds every integer. Longer ones are split.)
 
 # %% tags=["nbval-check-output"]
 exact = X.long() @ W.long().T

@@ -17,14 +17,16 @@ which is what outliers would call for, is impossible; `smoothquant.py` is the wa
 
 **The integer product** adds up `in` products of two int8 in an int32. Each is at most 128 · 128 = 2**14, so up to
 131,071 columns cannot overflow. (Codes of ours are never -128, which would allow 133,144.) torch has this product as
-`torch._int_mm`. On a CPU it is checked once, with the largest codes there are, against the exact result: old
-processors without integer dot products may saturate halfway. On CUDA it wants sizes that are multiples of 8 and more
-than 16 rows, so zeros are added where they are missing.
+`torch._int_mm`. On CUDA it wants sizes that are multiples of 8 and more than 16 rows, so zeros are added where they are
+missing. On a CPU it is tried once, with the largest codes there are: a processor without integer dot products may
+saturate halfway, or take ten times as long as with floats. There the codes are multiplied as floats, which is exact as
+well if no sum gets longer than float32 can hold.
 
 Source: LLM.int8() (arXiv 2208.07339) and SmoothQuant (arXiv 2211.10438) for per-token and static activations.
 """
 
 import functools
+import time
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 from qlearn.models.linear import QuantLinear
 
 MAX_IN_FEATURES = (2**31 - 1) // 128**2
+EXACT_IN_FLOAT32 = 2**24 // 128**2  # columns
 QMAX = 127
 
 
@@ -49,14 +52,15 @@ def int8_matmul(x_codes, w_codes):
     if x_codes.is_cuda:
         return _padded_int_mm(x_codes, w_codes)
     # With a single column, torch 2.13 returns memory that it never wrote.
-    if x_codes.device.type == "cpu" and x_codes.shape[1] > 1 and _exact_on_this_cpu():
+    if x_codes.device.type == "cpu" and x_codes.shape[1] > 1 and _integers_serve_on_this_cpu():
         return torch._int_mm(x_codes, w_codes.T)
-    return reference_matmul(x_codes, w_codes)
+    return float32_matmul(x_codes, w_codes)
 
 
-def reference_matmul(x_codes, w_codes):
-    """The same by float64, which holds every integer below 2**53 exactly: slow, and right everywhere."""
-    return (x_codes.double() @ w_codes.double().T).to(torch.int32)
+def float32_matmul(x_codes, w_codes):
+    """The same by floats: a sum of 1024 products is at most 2**24, up to where float32 holds every integer."""
+    parts = zip(x_codes.split(EXACT_IN_FLOAT32, 1), w_codes.split(EXACT_IN_FLOAT32, 1), strict=True)
+    return sum((x.float() @ w.float().T).to(torch.int32) for x, w in parts)
 
 
 def quantize_tokens(x):
@@ -162,15 +166,25 @@ def _check_codes(x_codes, w_codes):
 
 
 @functools.cache
-def _exact_on_this_cpu():
-    """Whether torch's integer product gets the largest codes right on this processor."""
+def _integers_serve_on_this_cpu():
+    """Whether torch's integer product is exact on this processor, and no slower than the one by floats."""
     if not hasattr(torch, "_int_mm"):
         return False
-    signs = torch.randint(0, 2, (33, 264), generator=torch.Generator().manual_seed(0))
+    signs = torch.randint(0, 2, (256, 264), generator=torch.Generator().manual_seed(0))
     x = torch.where(signs.bool(), 127, -128).to(torch.int8)
     x[0], x[1] = 127, -128
-    w = x[:24]
-    return torch.equal(torch._int_mm(x, w.T), reference_matmul(x, w))
+    by_integers, by_floats = (lambda: torch._int_mm(x, x.T)), (lambda: float32_matmul(x, x))
+    return torch.equal(by_integers(), by_floats()) and _seconds(by_integers) <= _seconds(by_floats)
+
+
+def _seconds(function, times=3):
+    """The least of a few runs."""
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - began)
+    return min(found)
 
 
 def _padded_int_mm(x_codes, w_codes):

@@ -1,5 +1,7 @@
 """W8A8: integer products bit for bit, and layers within a derived bound."""
 
+import time
+
 import pytest
 import torch
 
@@ -67,9 +69,9 @@ class TestProduct:
             int8_matmul(codes, codes)
 
     @pytest.mark.parametrize("tokens, columns, rows", SHAPES)
-    def test_the_reference_and_the_padding_agree_with_it(self, tokens, columns, rows):
+    def test_floats_and_the_padding_agree_with_it(self, tokens, columns, rows):
         x, w = random_codes(tokens, columns), random_codes(rows, columns)
-        assert torch.equal(int8.reference_matmul(x, w), int8_matmul(x, w))
+        assert torch.equal(int8.float32_matmul(x, w), int8_matmul(x, w))
         assert torch.equal(int8._padded_int_mm(x, w), int8_matmul(x, w))
 
     def test_padding_satisfies_cuda(self, monkeypatch):
@@ -81,20 +83,39 @@ class TestProduct:
                 int8._padded_int_mm(random_codes(tokens, columns), random_codes(rows, columns))
         assert all(m > 16 and k % 8 == 0 and n % 8 == 0 for m, k, n in seen) and len(seen) == len(SHAPES) - 1
 
-    @pytest.mark.parametrize("broken", ["missing", "saturating"])
-    def test_without_an_exact_product_of_torchs_the_reference_takes_over(self, monkeypatch, broken):
+    def test_floats_are_exact_up_to_the_longest_rows(self):
+        """1024 products of -128 with itself are 2**24; with one more row of them the sum is split."""
+        for columns in (1023, 1024, 1025, 4096, MAX_IN_FEATURES):
+            x = torch.full((1, columns), -128, dtype=torch.int8)
+            odd = torch.cat([x[:, 1:], torch.full((1, 1), 127, dtype=torch.int8)], 1)
+            assert int8.float32_matmul(x, x).item() == 128**2 * columns
+            assert int8.float32_matmul(odd, x).item() == 128**2 * (columns - 1) - 127 * 128
+
+    @pytest.mark.parametrize("broken", ["missing", "saturating", "slow"])
+    def test_where_torchs_product_does_not_serve_floats_take_over(self, monkeypatch, broken):
+        def slow(x, w):
+            time.sleep(0.2)
+            return x.int() @ w.int()
+
         x, w = random_codes(5, 300), random_codes(6, 300)
-        expected = int8_matmul(x, w)
-        int8._exact_on_this_cpu.cache_clear()
+        expected = x.long() @ w.long().T
+        int8._integers_serve_on_this_cpu.cache_clear()
         try:
             if broken == "missing":
                 monkeypatch.delattr(torch, "_int_mm")
             else:
-                monkeypatch.setattr(torch, "_int_mm", saturating_int_mm)
-            assert not int8._exact_on_this_cpu()
-            assert torch.equal(int8_matmul(x, w), expected)
+                monkeypatch.setattr(torch, "_int_mm", saturating_int_mm if broken == "saturating" else slow)
+            assert not int8._integers_serve_on_this_cpu()
+            assert torch.equal(int8_matmul(x, w).long(), expected)
         finally:
-            int8._exact_on_this_cpu.cache_clear()
+            int8._integers_serve_on_this_cpu.cache_clear()
+
+    def test_where_it_serves_it_is_used(self, monkeypatch):
+        used = []
+        monkeypatch.setattr(int8, "_integers_serve_on_this_cpu", lambda: True)
+        monkeypatch.setattr(torch, "_int_mm", lambda x, w: used.append(1) or x.int() @ w.int())
+        x, w = random_codes(5, 30), random_codes(6, 30)
+        assert torch.equal(int8_matmul(x, w).long(), x.long() @ w.long().T) and used
 
     @pytest.mark.parametrize(
         "x, w, message",

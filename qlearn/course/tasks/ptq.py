@@ -31,7 +31,7 @@ quantize_tokens = int8.quantize_tokens
 
 def int8_linear(x_codes, x_scale, w_codes, w_scale):
     """The outputs of a layer (tokens, out) from the codes of its inputs and of its weight."""
-    return int8.reference_matmul(x_codes, w_codes).float() * x_scale * w_scale
+    return int8.float32_matmul(x_codes, w_codes).float() * x_scale * w_scale
 
 
 def static_scale(batches, percentile):
