@@ -614,8 +614,8 @@ assert same == len(pairs)
 # ## Two to four times as fast?
 #
 # That is the usual claim for 8-bit integers, and it is about the multiplying units. A layer must also quantize its
-# inputs and scale its outputs. Here are the bare product and the whole layer, static: on two CPU cores against float32, and on an H200
-# against bfloat16, each in its fastest variant: there compiled, and recorded as a CUDA graph, to start quickly.
+# inputs and scale its outputs. Here are the bare product and the whole layer, static: on two CPU cores with such instructions, against float32, and on an H200
+# against bfloat16, each in its fastest variant: there compiled, and recorded as a CUDA graph.
 
 # %%
 cpu, h200 = results.read("int8_cpu"), results.read("int8_h200")
