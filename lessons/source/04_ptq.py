@@ -614,7 +614,7 @@ assert same == len(pairs)
 # ## Two to four times as fast?
 #
 # That is the usual claim for 8-bit integers, and it is about the multiplying units. A layer must also quantize its
-# inputs and scale its outputs. Here are the bare product and the whole layer, static: on two CPU cores with such instructions, against float32, and on an H200
+# inputs and scale its outputs. Here are the bare product and the whole layer, static: on two CPU cores against float32, and on an H200
 # against bfloat16, each in its fastest variant: there compiled, and recorded as a CUDA graph.
 
 # %%
@@ -647,7 +647,7 @@ assert max(layers) < 2 and np.median(layers) < np.median(products)
 assert all(row["tokens"] <= 16 for row, times in zip(h200["rows"], layers) if times > 1.2)
 
 # %% [markdown]
-# On a CPU the claim comes true for at least half of the large matrices; ours gain less. On the H200 no layer is twice as fast. torch's
+# On that CPU (its kind was not recorded; the ladder shows how yours does) the claim comes true for at least half of the large matrices; ours gain less. On the H200 no layer is twice as fast. torch's
 # integer product is hardly faster there than its bfloat16. Where more than
 # a fifth is gained, the tokens are few, and the time goes into fetching a large weight. Programs that serve models bring kernels of their
 # own; the claim is about those.

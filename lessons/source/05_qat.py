@@ -629,7 +629,7 @@ for run in (*sorted(longer["runs"], key=lambda run: run["lr"]), runs["4 bit"]):
     assert shares["evaluation"] > 0.85 and 0.75 < shares["standard library"] < 0.85 and 0.016 < divergence < 0.022
 
 # %% [markdown]
-# No. A rate eight times as high ends at nearly the same place, and so does a training of 3,000 steps. From run to run the share moves by six
+# No. A rate eight times as high removes nearly the same share, and so does a training of 3,000 steps. From run to run the share moves by six
 # points on the first text, and by two on the second: the last digit of such a figure says little.
 #
 # - QAT needs tuning, data like the model's own, and for larger models GPUs. GPTQ, in the next lesson, needs a page of text and no training.

@@ -19,7 +19,7 @@ which is what outliers would call for, is impossible; `smoothquant.py` is the wa
 131,071 columns cannot overflow. (Codes of ours are never -128, which would allow 133,144.) torch has this product as
 `torch._int_mm`. On CUDA it wants sizes that are multiples of 8 and more than 16 rows, so zeros are added where they are
 missing. On a CPU it is tried once, with the largest codes there are: a processor without integer dot products may
-saturate halfway, or take ten times as long as with floats. There the codes are multiplied as floats, which is exact as
+saturate halfway, or take many times as long as with floats. There the codes are multiplied as floats, which is exact as
 well if no sum gets longer than float32 can hold.
 
 Source: LLM.int8() (arXiv 2208.07339) and SmoothQuant (arXiv 2211.10438) for per-token and static activations.
