@@ -686,7 +686,6 @@ for name in ("llama_block_cpu", "llama_block_h200"):
     for row in record["rows"]:
         print(f"    {row['method']:10} {row['bits_per_weight']:.3f} bits  {row['seconds']:6.2f} s  {row['peak_bytes'] / 2**30:5.2f} GiB over the model at the peak")
         seconds[name[12:], row["method"]] = row["seconds"]
-    print("   ", record["remark"]) if "remark" in record else None
 print(f"32 blocks on the GPU: GPTQ {32 * seconds['h200', 'gptq'] / 60:.1f} minutes, AWQ {32 * seconds['h200', 'awq'] / 60:.1f} minutes")
 print(f"the Hessian of down_proj alone, 14336 x 14336 in float32: {4 * 14336**2 / 2**30:.2f} GiB")
 assert seconds["h200", "gptq"] > seconds["h200", "awq"] > 10 * seconds["h200", "zero_point"]

@@ -1,6 +1,6 @@
 """How fast are 8-bit integers? The products of real layers, in floating point and in W8A8.
 
-    python -m qlearn.bench.int8 [--device cpu|cuda] [--out FILE]
+    python -m qlearn.bench.int8 [--device cpu|cuda] [--threads N] [--out FILE]
 
 The usual claim is that int8 is two to four times as fast. That is what the multiplying units can do. A layer must also
 fetch its weight, quantize its inputs and scale its outputs, so what is left of the claim depends on how many tokens
@@ -17,6 +17,9 @@ merges the small operations before and after the product: that is how such layer
 Each call takes the next of several copies of its weight, together larger than any cache, for in a model all the other
 layers come in between. Figures are medians of the time of one call, after a warm-up; CUDA events take the time on a
 GPU. About one minute on two CPU cores, and on an H200.
+
+What a CPU gains depends on whether it has instructions that multiply and add 8-bit integers (VNNI, AMX; I8MM on ARM).
+The record lists those it has, and says whether torch's integer product was used, or was worse than floats.
 """
 
 import argparse
@@ -32,12 +35,12 @@ import torch.nn.functional as F
 from qlearn.bench.results import write
 from qlearn.evaluate.provenance import provenance
 from qlearn.methods import absmax
-from qlearn.models.int8 import int8_linear, int8_matmul, quantize_with
+from qlearn.models.int8 import int8_linear, int8_matmul, integers_serve_on_this_cpu, quantize_with
 
 SHAPES = ((256, 768), (4096, 4096), (4096, 14336))  # in, out: the bundled model's MLP; Llama-3.1-8B's attention and MLP
 TOKENS = (1, 16, 512, 2048)
 CLAIM = (2, 4)  # times as fast
-MORE_THAN_CACHES = 2**28  # bytes
+MORE_THAN_CACHES = 2**29  # bytes
 LEAST_REPEATS = 5
 
 
@@ -151,14 +154,19 @@ def main():
     """Measure on the chosen device and write the results."""
     parser = argparse.ArgumentParser(prog="python -m qlearn.bench.int8", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch chooses")
     parser.add_argument("--out", type=Path, help="the file to write; by default one among the package's results")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     chip = "cpu" if options.device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
     out = options.out or Path(f"int8_{chip}.json")
     rows = measure(options.device, seconds=0.3 if options.device == "cpu" else 0.1)
-    record = provenance(f"python -m qlearn.bench.int8 --device {options.device}") | {
+    threads = f" --threads {options.threads}" if options.threads else ""
+    record = provenance(f"python -m qlearn.bench.int8 --device {options.device}{threads}") | {
         "device": options.device,
         "threads": torch.get_num_threads(),
+        "integers": options.device == "cuda" or integers_serve_on_this_cpu(),
         "claim": CLAIM,
         "rows": rows,
     }

@@ -13,8 +13,8 @@ values. The error of the block's output does, so it says that the methods work, 
 Each method has a process of its own, and its peak is no other's: on a CPU that of the whole process, on a GPU that of
 the tensors. The method is first run on a tiny block, so that what is loaded and set up once is not counted.
 
-On two CPU cores GPTQ takes some minutes, for the Hessian of the last projection is 14336 x 14336, and is factorized in
-float32. AWQ takes longer still: it runs the MLP anew for each scale that it tries.
+On two CPU cores GPTQ takes about two minutes, for the Hessian of the last projection is 14336 x 14336, and is
+factorized in float32. AWQ takes longer still: it runs the MLP anew for each scale that it tries.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def int8_matmul(x_codes, w_codes):
     if x_codes.is_cuda:
         return _padded_int_mm(x_codes, w_codes)
     # With a single column, torch 2.13 returns memory that it never wrote.
-    if x_codes.device.type == "cpu" and x_codes.shape[1] > 1 and _integers_serve_on_this_cpu():
+    if x_codes.device.type == "cpu" and x_codes.shape[1] > 1 and integers_serve_on_this_cpu():
         return torch._int_mm(x_codes, w_codes.T)
     return float32_matmul(x_codes, w_codes)
 
@@ -61,6 +61,18 @@ def float32_matmul(x_codes, w_codes):
     """The same by floats: a sum of 1024 products is at most 2**24, up to where float32 holds every integer."""
     parts = zip(x_codes.split(EXACT_IN_FLOAT32, 1), w_codes.split(EXACT_IN_FLOAT32, 1), strict=True)
     return sum((x.float() @ w.float().T).to(torch.int32) for x, w in parts)
+
+
+@functools.cache
+def integers_serve_on_this_cpu():
+    """Whether torch's integer product is exact on this processor, and no slower than the one by floats."""
+    if not hasattr(torch, "_int_mm"):
+        return False
+    signs = torch.randint(0, 2, (256, 264), generator=torch.Generator().manual_seed(0))
+    x = torch.where(signs.bool(), 127, -128).to(torch.int8)
+    x[0], x[1] = 127, -128
+    by_integers, by_floats = (lambda: torch._int_mm(x, x.T)), (lambda: float32_matmul(x, x))
+    return torch.equal(by_integers(), by_floats()) and _seconds(by_integers) <= _seconds(by_floats)
 
 
 def quantize_tokens(x):
@@ -163,18 +175,6 @@ def _check_codes(x_codes, w_codes):
         raise ValueError(
             f"{x_codes.shape[1]} columns could overflow the 32-bit sum; split them into at most {MAX_IN_FEATURES}"
         )
-
-
-@functools.cache
-def _integers_serve_on_this_cpu():
-    """Whether torch's integer product is exact on this processor, and no slower than the one by floats."""
-    if not hasattr(torch, "_int_mm"):
-        return False
-    signs = torch.randint(0, 2, (256, 264), generator=torch.Generator().manual_seed(0))
-    x = torch.where(signs.bool(), 127, -128).to(torch.int8)
-    x[0], x[1] = 127, -128
-    by_integers, by_floats = (lambda: torch._int_mm(x, x.T)), (lambda: float32_matmul(x, x))
-    return torch.equal(by_integers(), by_floats()) and _seconds(by_integers) <= _seconds(by_floats)
 
 
 def _seconds(function, times=3):

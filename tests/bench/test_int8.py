@@ -1,5 +1,7 @@
 """The speed of W8A8: every variant computes the same layer, and is timed on cold weights."""
 
+import json
+
 import pytest
 import torch
 
@@ -57,7 +59,11 @@ def test_the_layer_compiles_in_one_piece(monkeypatch, static):
 
 def test_results_are_written_where_asked(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "measure", lambda device, seconds: [{"device": device}])
-    monkeypatch.setattr("sys.argv", ["int8", "--out", str(tmp_path / "mine.json")])
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: print(f"{count} threads"))
+    monkeypatch.setattr("sys.argv", ["int8", "--threads", "3", "--out", str(tmp_path / "mine.json")])
     bench.main()
-    assert '"claim": [' in (tmp_path / "mine.json").read_text()
+    record = json.loads((tmp_path / "mine.json").read_text())
+    assert record["command"].endswith("--device cpu --threads 3")
+    assert record["claim"] == [2, 4] and record["integers"] is int8.integers_serve_on_this_cpu()
+    assert capsys.readouterr().out == "3 threads\n"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]

@@ -99,20 +99,20 @@ class TestProduct:
 
         x, w = random_codes(5, 300), random_codes(6, 300)
         expected = x.long() @ w.long().T
-        int8._integers_serve_on_this_cpu.cache_clear()
+        int8.integers_serve_on_this_cpu.cache_clear()
         try:
             if broken == "missing":
                 monkeypatch.delattr(torch, "_int_mm")
             else:
                 monkeypatch.setattr(torch, "_int_mm", saturating_int_mm if broken == "saturating" else slow)
-            assert not int8._integers_serve_on_this_cpu()
+            assert not int8.integers_serve_on_this_cpu()
             assert torch.equal(int8_matmul(x, w).long(), expected)
         finally:
-            int8._integers_serve_on_this_cpu.cache_clear()
+            int8.integers_serve_on_this_cpu.cache_clear()
 
     def test_where_it_serves_it_is_used(self, monkeypatch):
         used = []
-        monkeypatch.setattr(int8, "_integers_serve_on_this_cpu", lambda: True)
+        monkeypatch.setattr(int8, "integers_serve_on_this_cpu", lambda: True)
         monkeypatch.setattr(torch, "_int_mm", lambda x, w: used.append(1) or x.int() @ w.int())
         x, w = random_codes(5, 30), random_codes(6, 30)
         assert torch.equal(int8_matmul(x, w).long(), x.long() @ w.long().T) and used
