@@ -4,8 +4,9 @@ In a clone of the repository it opens the repository itself. Installed from a wh
 package, where nobody should edit them: they are copied into ./qlearn-course first, and what is there already is left as
 it is, because it is the learner's.
 
-The questions that JupyterLab asks on its first start, about news and updates, are answered with no: by a folder of
-default settings that is put on Jupyter's path for this one process.
+The questions that JupyterLab asks on its first start, about news and updates, are answered with no, and long lines of
+code are wrapped, so that none ends behind the page's edge: by a folder of default settings that is put on Jupyter's
+path for this one process.
 """
 
 import os

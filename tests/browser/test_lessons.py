@@ -16,6 +16,7 @@ def test_run_all_and_drag(lab, name):
     lab.open(f"lessons/{name}").run_all()
     assert lab.failures() == []
     expect(lab.broken_widgets()).to_have_count(0)
+    assert hidden_code(lab) == []
     areas, has = lab.notebook.locator(".jp-OutputArea"), lab.page.locator
     output = areas.filter(has=has(".qlive-note")).filter(has=has(".noUi-target")).first
     target, note = output.locator(".noUi-target").first, output.locator(".qlive-note")
@@ -24,6 +25,13 @@ def test_run_all_and_drag(lab, name):
     expect(note).not_to_have_text(said, timeout=60_000)
     expect(note).not_to_contain_text("this takes a few seconds", timeout=60_000)
     assert shown(output) != before
+
+
+def hidden_code(lab):
+    """The first lines of code cells that are wider than the page: by default JupyterLab does not wrap them."""
+    return lab.notebook.locator(".jp-CodeCell .cm-scroller").evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText.slice(0, 80))"
+    )
 
 
 def position(target):

@@ -120,9 +120,10 @@ def test_jupyterlab_reads_the_default_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_CONFIG_PATH", lab.environment()["JUPYTER_CONFIG_PATH"])
     overrides, error = _get_overrides(str(tmp_path))
     assert not error and overrides["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
-    schemas = places.Path(sys.prefix) / "share/jupyter/lab/schemas/@jupyterlab/apputils-extension/notification.json"
-    schema = json.loads(schemas.read_text())
-    assert {"fetchNews", "checkForUpdates"} <= schema["properties"].keys()
+    schemas = places.Path(sys.prefix) / "share/jupyter/lab/schemas"
+    for plugin, settings in overrides.items():
+        schema = json.loads((schemas / f"{plugin.replace(':', '/')}.json").read_text())
+        assert settings.keys() <= schema["properties"].keys()
 
 
 def test_an_installed_course_is_copied_and_never_overwritten(course, tmp_path, monkeypatch):
