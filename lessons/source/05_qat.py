@@ -670,13 +670,13 @@ for name, writer in (("plain", plain2), ("QAT", two_bits)):
     print(f"--- {name} ---\n{prompt}{text}\n")
 
 # %% [markdown]
-# Does Python accept what they write? 16 functions of the evaluation text, greedily completed, by the unrounded model too:
+# Does Python accept what they write? 16 functions of the evaluation text, greedily continued by 64 tokens, by the unrounded model too:
 
 # %%
 headers = qlearn.evaluate.function_headers(count=16)
 parsed = {}
 for name, writer in (("plain 2 bit", plain2), ("QAT 2 bit", two_bits), ("unrounded", model)):
-    parsed[name] = qlearn.evaluate.parse_rate(writer, tokenizer, headers)
+    parsed[name] = qlearn.evaluate.parse_rate(writer, tokenizer, headers, max_new_tokens=64)
     print(f"{name}: {parsed[name]:.0%} are valid Python")
 assert parsed["QAT 2 bit"] > parsed["plain 2 bit"] + 0.2
 
