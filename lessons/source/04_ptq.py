@@ -614,8 +614,8 @@ assert same == len(pairs)
 # ## Two to four times as fast?
 #
 # That is the usual claim for 8-bit integers, and it is about the multiplying units. A layer must also quantize its
-# inputs and scale its outputs. Here is the whole static layer: on two CPUs against float32, one of which has instructions that multiply
-# and add 8-bit integers, and on an H200 against bfloat16, each in its fastest variant (compiled, as a CUDA graph).
+# inputs and scale its outputs. Here is the whole static layer: against float32 on two CPUs, one without and one with instructions that
+# multiply and add 8-bit integers, and against bfloat16 on an H200, each in its fastest variant (compiled, as a CUDA graph).
 
 # %%
 records = {name: results.read(f"int8_{name}") for name in ("cpu_avx2", "cpu_vnni", "h200")}

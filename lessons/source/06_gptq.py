@@ -344,15 +344,9 @@ for method in ("round to nearest", "GPTQ", "GPTQ, largest input first"):
 
 # %%
 for bits in (2, 3, 4):
-    errors_of = {}
-    for method in ("GPTQ", "GPTQ, largest input first"):
-        for rounded in (8, 16):
-            for control, value in (("bits", bits), ("method", method), ("rounded", rounded)):
-                explorer.controls[control].value = value
-            errors_of[method, rounded] = float(explorer.summary.split("output error ")[1].split(" %")[0])
-    came, sorted_first = ([errors_of[m, r] for r in (8, 16)] for m in ("GPTQ", "GPTQ, largest input first"))
-    print(f"{bits} bits: error half way {came[0]:.3f} % and {sorted_first[0]:.3f} % with the order, at the end {came[1]:.3f} % and {sorted_first[1]:.3f} %")
-    assert sorted_first[0] > came[0] and sorted_first[1] < came[1] / 2
+    came, sorted_first = (explorer.output_errors(method, bits) for method in ("GPTQ", "GPTQ, largest input first"))
+    print(f"{bits} bits: error half way {came[8]:.3f} % and {sorted_first[8]:.3f} % with the order, at the end {came[16]:.3f} % and {sorted_first[16]:.3f} %")
+    assert sorted_first[8] > came[8] and sorted_first[16] < came[16] / 2
 print("the first columns would be", hessian.diagonal().argsort(descending=True)[:6].tolist())
 
 # %% [markdown]

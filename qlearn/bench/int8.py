@@ -16,7 +16,7 @@ merges the small operations before and after the product: that is how such layer
 
 Each call takes the next of several copies of its weight, together larger than any cache, for in a model all the other
 layers come in between. Figures are medians of the time of one call, after a warm-up; CUDA events take the time on a
-GPU. About one minute on two CPU cores, and on an H200.
+GPU. One or two minutes on two CPU cores, and about one on an H200.
 
 What a CPU gains depends on whether it has instructions that multiply and add 8-bit integers (VNNI, AMX; I8MM on ARM).
 The record lists those it has, and says whether torch's integer product was used, or was worse than floats.

@@ -38,7 +38,7 @@ def test_the_last_state_is_what_the_package_gives(explorer, method, bits):
         expected = zero_point(weights, bits).dequantize()
     else:
         expected = gptq(weights, bits, inputs=inputs, act_order=METHODS[method]).dequantize()
-    order, states, errors = explorer._states(method, bits)
+    (order, states, _), errors = explorer._states(method, bits), explorer.output_errors(method, bits)
     assert sorted(order) == list(range(8)) and len(states) == len(errors) == 9
     torch.testing.assert_close(states[-1], expected)
     squares = ((states[-1] - weights) @ inputs.T).square().sum() / (weights @ inputs.T).square().sum()
@@ -64,7 +64,7 @@ def test_the_largest_input_is_first():
 
 def test_the_summary_says_what_is_drawn(explorer):
     explorer.controls["method"].value, explorer.controls["rounded"].value = GPTQ, 5
-    _, states, errors = explorer._states(GPTQ, 3)
+    states, errors = explorer._states(GPTQ, 3)[1], explorer.output_errors(GPTQ, 3)
     moved = (states[5] - made_up()[0])[:, 5:].abs() / zero_point(made_up()[0], 3).scales.float()
     assert explorer.summary == (
         f"3 bits, GPTQ, 5 of 8 columns: output error {errors[5]:.3g} %; the others were shifted by up to "
@@ -78,7 +78,7 @@ def test_the_summary_says_what_is_drawn(explorer):
 def test_what_the_lesson_says_of_the_made_up_matrix():
     explorer = widgets.column_explorer()
     for bits in (2, 3, 4):
-        nearest, fast, ordered = (explorer._states(method, bits)[2] for method in METHODS)
+        nearest, fast, ordered = (explorer.output_errors(method, bits) for method in METHODS)
         assert nearest[-1] > fast[-1] > 2 * ordered[-1]
         assert fast[8] < nearest[8] / 5 and max(nearest[-2:]) - nearest[-3] > nearest[-1] / 2
 

@@ -52,6 +52,10 @@ class ColumnExplorer(LivePlot):
         )
         super().__init__(self._setup, self._update, figsize=(11, 3.4), alt=alt, name="ColumnExplorer", **controls)
 
+    def output_errors(self, method, bits):
+        """The output error after 0, 1 ... columns, in % of the mean square output, by one of the `METHODS`: a list."""
+        return list(self._states(method, bits)[2])
+
     def _setup(self, figure):
         left, middle, right = figure.subplots(1, 3)
         columns = self._weights.shape[1]
