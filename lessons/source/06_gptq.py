@@ -293,7 +293,7 @@ assert same.float().mean() > 0.95  # a tie that float32 breaks otherwise would c
 # %% [markdown]
 # The package computes in float32 and in **blocks** of 128 columns: within a block each column updates the rest of the block only, and one
 # matrix product brings all errors of the block to the columns behind it. The result is the same, and most of the work has become matrix
-# products, which is what a GPU is fast at. On a CPU, and for a layer of only 768 columns, it gains little:
+# products, which is what a GPU is fast at. What does it gain on your CPU, for a layer of only 768 columns?
 
 # %%
 down, down_statistics = weights["mlp.down_proj"], seen["mlp.down_proj"]
