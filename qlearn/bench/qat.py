@@ -160,7 +160,7 @@ def stored(student, bits):
 def export_is_exact(student):
     """Whether Q4_0 bytes, decoded, are the fake-quantized weights bit for bit, in every layer."""
     names = {f"{name}.weight": layer for name, layer in linear_layers(student).items()}
-    seen = qat.fake_quantized(student, names, qat.Settings(bits=4, group_size=gguf_blocks.Q4_0_WEIGHTS))
+    seen = qat.fake_quantized(student, names, qat.Settings(bits=4, group_size=gguf_blocks.BLOCK_TYPES["Q4_0"].weights))
     return all(
         torch.equal(gguf_blocks.dequantize(gguf_blocks.quantize(layer.weight)), seen[name])
         for name, layer in names.items()
