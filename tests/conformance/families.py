@@ -41,7 +41,8 @@ def families():
         "times 1e-5": normal * 1e-5,
         "times 1e4": normal * 1e4,
         "mixed magnitudes": normal * 10.0 ** _random(4).randint(-8, 4, (ROWS, COLUMNS)),
-        "sub-blocks of mixed magnitudes": normal * 10.0 ** _random(5).randint(-6, 4, (ROWS, COLUMNS // 16)).repeat(16, 1),
+        "sub-blocks of mixed magnitudes": normal
+        * 10.0 ** _random(5).randint(-6, 4, (ROWS, COLUMNS // 16)).repeat(16, 1),
         "heavy tails": _random(6).standard_t(2, (ROWS, COLUMNS)),
         "outliers": normal + 50 * sign * (_random(7).rand(ROWS, COLUMNS) < 0.01),
         "shifted": normal * 0.01 + 3,
@@ -55,6 +56,10 @@ def families():
     matrices["bfloat16 grid"] = (matrices["normal"].view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     matrices["just below powers of two"] = np.nextafter(matrices["powers of two"], np.float32(0))
     matrices["negative zeros"] = np.where(normal > 0, matrices["normal"], np.float32(-0.0))
+    matrices["only negative zeros"] = np.full((ROWS, COLUMNS), -0.0, np.float32)
+    matrices["zeros of both signs"] = np.where(
+        abs(normal) < 1, np.float32(0) * matrices["normal"], abs(matrices["normal"])
+    )
     return matrices
 
 

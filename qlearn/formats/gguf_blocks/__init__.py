@@ -66,13 +66,13 @@ def quantize(x, block_type="Q4_0", imatrix=None, fit=fits):
     importance = None if imatrix is None or not kind.uses_importance else _importance(imatrix, rows, kind)
     if importance is None:  # then rows do not matter, and a long one need not be worked on in one piece
         rows = rows.reshape(-1, 1, kind.weights)
-    at_a_time = max(1, AT_A_TIME // rows[0].size) if len(rows) else 1
-    blocks = np.empty((rows.size // kind.weights, kind.nbytes), np.uint8)
+    blocks_a_row = rows.shape[1]
+    at_a_time = max(1, AT_A_TIME // (blocks_a_row * kind.weights))
+    blocks = np.empty((len(rows) * blocks_a_row, kind.nbytes), np.uint8)
     for start in range(0, len(rows), at_a_time):
-        fields = kind.search(rows[start : start + at_a_time], importance, fit)
         stop = start + at_a_time
-        blocks[start * rows.shape[1] : stop * rows.shape[1]] = kind.pack(fields)
-    return restore(blocks.reshape(*x.shape[:-1], -1))
+        blocks[start * blocks_a_row : stop * blocks_a_row] = kind.pack(kind.search(rows[start:stop], importance, fit))
+    return restore(blocks.reshape(*x.shape[:-1], x.shape[-1] // kind.weights * kind.nbytes))
 
 
 def dequantize(blocks, block_type="Q4_0"):
@@ -90,7 +90,7 @@ def dequantize(blocks, block_type="Q4_0"):
     at_a_time = AT_A_TIME // kind.weights
     for start in range(0, len(whole), at_a_time):
         values[start : start + at_a_time] = kind.values(kind.unpack(whole[start : start + at_a_time]))
-    return restore(values.reshape(*blocks.shape[:-1], -1))
+    return restore(values.reshape(*blocks.shape[:-1], blocks.shape[-1] // kind.nbytes * kind.weights))
 
 
 def unpack(blocks, block_type="Q4_0"):
@@ -131,8 +131,11 @@ def _rows(x, kind):
 def _importance(imatrix, rows, kind):
     """float32 (blocks, weights)."""
     imatrix = np.asarray(to_numpy(imatrix)[0], dtype=np.float32)
-    if imatrix.shape != (rows[0].size,):
-        raise ValueError(f"an imatrix of shape {imatrix.shape} does not fit rows of {rows[0].size} weights; give one each")
+    columns = rows.shape[1] * kind.weights
+    if imatrix.shape != (columns,):
+        raise ValueError(
+            f"an imatrix of shape {imatrix.shape} does not fit rows of {columns} weights; give one for each"
+        )
     if not (np.isfinite(imatrix).all() and (imatrix >= 0).all()):
         raise ValueError("the imatrix has numbers that are negative or not finite; it holds mean squares")
     return imatrix.reshape(-1, kind.weights)

@@ -31,7 +31,7 @@ def signed_max(groups, bits):
     half = 2 ** (bits - 1)
     first = abs(groups).argmax(-1)[..., None]
     largest = groups.gather(-1, first) if is_tensor(groups) else np.take_along_axis(groups, first, -1)
-    d = largest / -half
+    d = (largest + 0.0) / -half  # of a block of negative zeros ggml keeps +0
     usable = abs(d) >= np.finfo(np.float32).tiny  # the reciprocal of a smaller one may overflow
     inverse = usable / (d + ~usable)
     codes = (groups * inverse + (half + 0.5)).clip(max=2 * half - 1)

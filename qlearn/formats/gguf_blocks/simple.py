@@ -141,7 +141,7 @@ def min_max(x, largest_code):
     >>> codes.tolist(), d.tolist(), m.tolist()
     ([[0, 1, 3]], [1.0], [-1.0])
     """
-    low = x.min(-1)
+    low = np.take_along_axis(x, x.argmin(-1)[:, None], -1)[:, 0]  # the first of equals: 0 and -0 are
     d = (x.max(-1) - low) / np.float32(largest_code)
     codes = (x - low[:, None]) * reciprocal(d)[:, None] + np.float32(0.5)
     return codes.clip(max=largest_code).astype(np.uint8), d, low

@@ -1,8 +1,9 @@
-"""ggml itself, as a shared library that Python calls: built from the source that llama-cpp-python ships.
+"""llama.cpp from its source, which the package llama-cpp-python ships, to compare with.
 
-    python -m tests.conformance.ggml build/ggml          # half a minute; needs cmake and a C++ compiler
+    python -m qlearn.bench.ggml build/llama.cpp          # half a minute; needs cmake and a C++ compiler
 
-Only the library `ggml-base` is built, which holds the quantizers and no arithmetic for a particular processor.
+builds the library `ggml-base`, which holds the quantizers and no arithmetic for a particular processor, and which
+Python calls through ctypes. Other targets, the command line tools, take a quarter of an hour on two cores.
 """
 
 import ctypes
@@ -78,4 +79,4 @@ def load(folder):
 
 
 if __name__ == "__main__":
-    load(sys.argv[1] if len(sys.argv) > 1 else "build/ggml")
+    load(sys.argv[1] if len(sys.argv) > 1 else "build/llama.cpp")

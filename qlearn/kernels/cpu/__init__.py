@@ -1,0 +1,7 @@
+"""Loops compiled for the processor by Numba.
+
+A compiled loop does what NumPy cannot: it keeps numbers in registers between one operation and the next, and it stops
+early. The one rule for all of them: the inner loop runs over independent items (lanes), with no branch that depends on
+the data, so that the compiler can put eight or sixteen of them into one vector instruction. Nothing may be computed in
+another order than the readable twin computes it: float32 sums depend on it, and the results are compared bit for bit.
+"""
