@@ -27,7 +27,7 @@ def their(block_type):
 
 
 def random_blocks(block_type, count=64):
-    """Bytes that no encoder might write, but that every decoder must read; the float16 numbers among them are finite."""
+    """Bytes that no encoder might write, but that every decoder must read; their float16 numbers are finite."""
     kind = BLOCK_TYPES[block_type]
     blocks = np.random.RandomState(0).randint(0, 256, (count, kind.nbytes)).astype(np.uint8)
     stop = 0

@@ -49,7 +49,7 @@ def quantize(x, block_type="Q4_0", imatrix=None, fit=fits):
     """Encode the rows of an array.
 
     x: real numbers (..., n), n a multiple of the block's weights; list, NumPy array or torch tensor.
-    imatrix: None, or the importance of each column, (n,), not negative. Q8_0, TQ1_0, TQ2_0 and MXFP4 have no use for it.
+    imatrix: None, or the importance of each column, (n,), not negative; Q8_0, TQ1_0, TQ2_0 and MXFP4 ignore it.
     fit: the functions that search, by default the readable ones.
     Returns uint8 (..., bytes of a row).
     Raises ValueError for an unknown block type, a row that does not divide into blocks, numbers that are not finite, an

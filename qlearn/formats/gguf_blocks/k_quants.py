@@ -193,12 +193,13 @@ class _Q3K(_Signed):
 
     def pack(self, fields):
         codes, scales = fields["codes"], (fields["scales"] + 32).astype(np.uint8)
+        low, high = stack((scales & 15).reshape(-1, 2, 8), 4), stack((scales >> 4).reshape(-1, 4, 4), 2)
         return self.join(
             hmask=stack((codes >> 2).reshape(-1, 8, 32), 1),
             qs=stack((codes & 3).reshape(-1, 2, 4, 32), 2).reshape(-1, 64),
-            scales=np.concatenate([stack((scales & 15).reshape(-1, 2, 8), 4), stack((scales >> 4).reshape(-1, 4, 4), 2)], -1),
+            scales=np.concatenate([low, high], -1),
             d=float16_bytes(fields["d"]),
-        )  # fmt: skip
+        )
 
     def unpack(self, blocks):
         parts = self.split(blocks)

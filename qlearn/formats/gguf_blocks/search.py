@@ -5,9 +5,9 @@ of least squares. So ggml tries some twenty scales around the obvious one, round
 squares say what scale those codes would like to have, and keeps the pair with the smallest error. Errors are weighted:
 a weight w says how much an error of x matters.
 
-    fit_scale        w' = s l          s = sum(w x l) / sum(w l l)                                  Q3_K, Q6_K, Q4_0, Q5_0
-    fit_scale_min    w' = s l - m      two unknowns, two normal equations              Q2_K, Q4_K, Q5_K, Q4_1, Q5_1
-    fit_stepwise     w' = s l          from the nearest codes on, change one code at a time if it helps             Q3_K
+    fit_scale        w' = s l          s = sum(w x l) / sum(w l l)                                Q3_K, Q6_K, Q4_0, Q5_0
+    fit_scale_min    w' = s l - m      two unknowns, two normal equations             Q2_K, Q4_K, Q5_K, Q4_1, Q5_1
+    fit_stepwise     w' = s l          from the nearest codes on, change one code at a time if it helps            Q3_K
     fit_positive     w' = s l, x >= 0  the scales of sub-blocks, which become small integers themselves
     round_again      the codes once more, now that the scale has been rounded to what the file can hold
 
@@ -91,7 +91,7 @@ def fit_scale_min(x, w, nmax, first, step, steps, absolute=False):
     """Codes, scale and minimum of weights that lie anywhere: x' = scale * code - minimum.
 
     x, w: float32 (m, n).  nmax: the largest code.  The scales tried are (max - min) / (nmax + first + step * i) for
-    i = 0 ... steps; min and max move along when a better fit is found.  absolute: measure |error| instead of its square.
+    i = 0 ... steps; the min moves along when a better fit is found.  absolute: measure |error| instead of its square.
     Returns (codes uint8 (m, n), scale float32 (m,), minimum float32 (m,), at least 0).
 
     >>> codes, scale, minimum = fit_scale_min(np.float32([[-1, 0, 1, 2]]), np.ones((1, 4), np.float32), 3, -1, 0.1, 20)
