@@ -6,8 +6,9 @@ speed is a matter of bandwidth:
     seconds for a token  =  bytes on the GPU / bandwidth of its memory  +  bytes elsewhere / bandwidth of the way there
 
 The second bandwidth is the smaller one by far, so a few layers that do not fit decide how long a token takes. An H200
-reads 4,800 GB/s and is reached through a bus of some 50: with a tenth of the weights elsewhere, that tenth takes ten
-times as long as all the rest. Halving the bits helps twice: there is less to read, and more of it fits.
+reads its memory at 4,200 GB/s, and accelerate reaches main memory at 7: each of the 32 layers of a Llama of 8 billion
+parameters takes 0.1 ms in the first and 60 ms in the second (`bench/results/offload_h200.json`). Halving the bits helps
+twice: there is less to read, and more of it fits.
 
 There are two ways of using what stays in main memory:
 
