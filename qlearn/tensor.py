@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qlearn import formats
-from qlearn.formats.integers import pack, packed_size, unpack
 
 _TENSORS = ("packed", "scales", "zeros", "column_scales")
 
@@ -35,12 +34,12 @@ _TENSORS = ("packed", "scales", "zeros", "column_scales")
 class QuantizedTensor:
     """A matrix in a low-precision format.
 
-    packed: uint8 (bytes,), the codes row by row, `format.bits` bits each.
+    packed: uint8 (bytes,), the codes row by row, packed by `format.pack`.
     scales: floating point (block rows, block columns), float16 unless the method was told otherwise.
-    format: the grid, with `.name`, `.bits` and `.decode(codes) -> float32`: Integers, FloatFormat or Codebook.
+    format: the grid, with `.name`, `.decode(codes) -> float32` and its packing: Integers, Trits, FloatFormat, Codebook.
     shape: (rows, columns) of the matrix.
     block: (rows, columns) of the weights that share a scale; it divides the shape.
-    zeros: None; or uint8, one integer zero-point for each block packed at `format.bits` bits; or floating point,
+    zeros: None; or uint8, one integer zero-point for each block, packed like the codes; or floating point,
     shaped as scales.
     column_scales: None, or floating point (columns,).
 
@@ -68,13 +67,13 @@ class QuantizedTensor:
         if rows % block_rows or columns % block_columns:
             raise ValueError(f"blocks of {self.block} do not divide a matrix of {self.shape}; choose a block that does")
         expect = {
-            "packed": (packed_size(rows * columns, self.format.bits),),
+            "packed": (self.format.packed_size(rows * columns),),
             "scales": (rows // block_rows, columns // block_columns),
             "column_scales": (columns,),
         }
         expect["zeros"] = expect["scales"]
         if self.zeros is not None and self.zeros.dtype == torch.uint8:
-            expect["zeros"] = (packed_size(self.scales.numel(), self.format.bits),)
+            expect["zeros"] = (self.format.packed_size(self.scales.numel()),)
         for name, tensor in self.state_tensors().items():
             if tuple(tensor.shape) != expect[name]:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} where {expect[name]} is needed for {self}")
@@ -87,25 +86,25 @@ class QuantizedTensor:
         scales: (block rows, block columns) in the dtype they are to be stored in.
         zeros: integer zero-points shaped as scales (they are packed), or floating-point ones (kept as they are).
         """
-        packed = pack(format.to_unsigned(codes).flatten(), format.bits)
+        packed = format.pack(format.to_unsigned(codes).flatten())
         if zeros is not None and not zeros.is_floating_point():
-            zeros = pack(zeros.flatten(), format.bits)
+            zeros = format.pack(zeros.flatten())
         return cls(packed, scales, format, tuple(codes.shape), tuple(block), zeros, column_scales)
 
     def codes(self):
         """The codes as an integer matrix (rows, columns): int8 for a signed integer format, uint8 for any other."""
-        unsigned = unpack(self.packed, self.format.bits, self.shape[0] * self.shape[1])
+        unsigned = self.format.unpack(self.packed, self.shape[0] * self.shape[1])
         return self.format.from_unsigned(unsigned).reshape(self.shape)
 
     def zero_points(self):
         """The zeros, float32, shaped as scales; None for a method that has none."""
         if self.zeros is None or self.zeros.is_floating_point():
             return None if self.zeros is None else self.zeros.float()
-        return unpack(self.zeros, self.format.bits, self.scales.numel()).reshape(self.scales.shape).float()
+        return self.format.unpack(self.zeros, self.scales.numel()).reshape(self.scales.shape).float()
 
     def dequantize(self, dtype=torch.float32):
         """The matrix (rows, columns) that the codes stand for, computed in float32 and returned as `dtype`."""
-        unsigned = unpack(self.packed, self.format.bits, self.shape[0] * self.shape[1])
+        unsigned = self.format.unpack(self.packed, self.shape[0] * self.shape[1])
         values = self.format.decode(unsigned).view(_blocked(self.shape, self.block))
         if self.zeros is not None:
             values = values - self.zero_points()[:, None, :, None]

@@ -8,6 +8,7 @@ between formats:
     int4      -8  -7  -6 ...  7                 integers.py     evenly spaced around zero; stored as two's complement
     fp4_e2m1   0  .5   1  1.5  2  3  4  6, +-   floats.py       spaced in proportion to size: sign, exponent, mantissa
     nf4       -1  -.70  -.53 ... 0 ... .72  1   codebooks.py    anywhere: a list, here as dense as a normal distribution
+    trit      -1   0   1                        integers.py     three numbers, five of which share a byte
 
 Every format object answers to the same few names:
 
@@ -16,19 +17,19 @@ Every format object answers to the same few names:
     format.encode(x)  the code of the number nearest to each x, unsigned integers
     format.decode(c)  the number of each code, float32
     format.round(x)   decode(encode(x)): the numbers as they come back
+    format.pack(c)    codes as bytes, each in its own few bits; unpack and packed_size belong to it
 
 NumPy arrays, torch tensors and Python numbers go in, and the same kind comes out. A format knows nothing of scales:
-those belong to the tensor that is stored, `qlearn.tensor.QuantizedTensor`. Codes narrower than a byte are packed by
-`integers.pack`.
+those belong to the tensor that is stored, `qlearn.tensor.QuantizedTensor`.
 """
 
 from qlearn.formats import codebooks, floats, integers
 from qlearn.formats.codebooks import CODEBOOKS
-from qlearn.formats.integers import Integers
+from qlearn.formats.integers import TRIT, Integers
 
 _INTEGERS = [Integers(bits, signed) for signed in (True, False) for bits in range(1, 9)]
 
-FORMATS = {**{format.name: format for format in _INTEGERS}, **floats.FORMATS, **CODEBOOKS}
+FORMATS = {**{format.name: format for format in _INTEGERS}, **floats.FORMATS, **CODEBOOKS, TRIT.name: TRIT}
 
 __all__ = ["FORMATS", "Integers", "codebooks", "floats", "get", "integers"]
 

@@ -56,6 +56,11 @@ class Codebook(Format):
         """Bits of one code."""
         return (len(self.values) - 1).bit_length()
 
+    @property
+    def count(self):
+        """How many codes there are."""
+        return len(self.values)
+
     def encode(self, x):
         """Return the code of the value nearest to each number: uint8 of the shape of x; an int for a Python number.
 
@@ -143,4 +148,6 @@ NF3 = Codebook(
     ),
 )  # fmt: skip
 
-CODEBOOKS = {codebook.name: codebook for codebook in (NF4, NF3)}
+SIGN = Codebook("sign", (-1.0, 1.0))  # one bit: the weights of the first BitNet
+
+CODEBOOKS = {codebook.name: codebook for codebook in (NF4, NF3, SIGN)}

@@ -220,6 +220,58 @@ class Integers(Format):
         return restore(_as_uint8(check_codes(codes, *integer_range(self.bits, signed=False))))
 
 
+@dataclass(frozen=True)
+class Trits(Format):
+    """The numbers -1, 0, 1 as a format, "trit": its codes 0, 1, 2 are packed five to a byte, 1.6 bits each.
+
+    >>> Trits().encode([-7.0, 0.4, 0.6]).tolist(), Trits().decode([0, 1, 2]).tolist(), Trits().packed_size(256)
+    ([0, 1, 2], [-1.0, 0.0, 1.0], 52)
+    """
+
+    name = "trit"
+    bits = 8 / TRITS_PER_BYTE
+    count = 3
+
+    def encode(self, x):
+        """Return the code of the nearest trit, ties to even: uint8 of the shape of x. Raises ValueError for NaN."""
+        array, restore = to_numpy(x)
+        rounded = np.rint(as_floats(array)).clip(-1, 1)
+        if np.isnan(rounded).any():
+            raise ValueError("NaN cannot be stored as a trit: replace it first")
+        return restore(_as_uint8(rounded.astype(np.int16) + 1))
+
+    def decode(self, codes):
+        """Return the trit of each code: float32 of the same shape. ValueError for a code that is not 0, 1 or 2."""
+        codes, restore = native(codes)
+        numbers = self.from_unsigned(codes)
+        return restore(numbers.float() if is_tensor(numbers) else numbers.astype(np.float32))
+
+    def to_unsigned(self, codes):
+        """Return trits as they are stored, uint8 of 0, 1, 2; ValueError for other numbers."""
+        codes, restore = native(codes)
+        return restore(_as_uint8(check_codes(codes, -1, 1) + 1))
+
+    def from_unsigned(self, codes):
+        """Return stored codes as trits: int8."""
+        codes, restore = native(codes)
+        return restore(_view_int8(_as_uint8(check_codes(codes, 0, 2)) - 1))
+
+    def pack(self, codes):
+        """Return codes of any shape as bytes: see `pack_trits`."""
+        return pack_trits(self.from_unsigned(codes))
+
+    def unpack(self, packed, count):
+        """Return the first `count` codes of packed bytes, uint8: see `unpack_trits`."""
+        return self.to_unsigned(unpack_trits(packed, count))
+
+    def packed_size(self, count):
+        """Return how many bytes `count` codes take: one for every five."""
+        return -(-_check_count(count) // TRITS_PER_BYTE)
+
+
+TRIT = Trits()
+
+
 # ---- the picture that repeats ----------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from qlearn.methods.affine import absmax, zero_point
 from qlearn.methods.awq import awq
 from qlearn.methods.gptq import gptq
 from qlearn.methods.signed_absmax import signed_absmax
+from qlearn.methods.ternary import binary, ternary
 
 METHODS = {
     "absmax": absmax,
@@ -14,10 +15,23 @@ METHODS = {
     "signed_absmax": signed_absmax,
     "gptq": gptq,
     "awq": awq,
+    "ternary": ternary,
+    "binary": binary,
 }
 CALIBRATED = frozenset({"gptq", "awq"})  # those that learn from inputs, and take them as a further argument `inputs`
 
-__all__ = ["CALIBRATED", "METHODS", "absmax", "awq", "gptq", "quantize", "signed_absmax", "zero_point"]
+__all__ = [
+    "CALIBRATED",
+    "METHODS",
+    "absmax",
+    "awq",
+    "binary",
+    "gptq",
+    "quantize",
+    "signed_absmax",
+    "ternary",
+    "zero_point",
+]
 
 
 def quantize(weight, method="absmax", bits=4, group_size=None, **options):

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlearn import formats
-from qlearn.formats.integers import packed_size
 from qlearn.tensor import QuantizedTensor
 
 
@@ -95,12 +94,12 @@ class QuantLinear(nn.Module):
 
 def _empty_tensors(format, shape, block, types, device):
     """Tensors for the weight of a layer, by name, of the sizes that QuantizedTensor asks for."""
-    bits = formats.get(format).bits
+    packed_size = formats.get(format).packed_size
     blocks = (shape[0] // block[0], shape[1] // block[1])
     sizes = {
-        "packed": (packed_size(math.prod(shape), bits),),
+        "packed": (packed_size(math.prod(shape)),),
         "scales": blocks,
-        "zeros": (packed_size(math.prod(blocks), bits),) if types.get("zeros") == "uint8" else blocks,
+        "zeros": (packed_size(math.prod(blocks)),) if types.get("zeros") == "uint8" else blocks,
         "column_scales": (shape[1],),
     }
     types = {name: getattr(torch, types[name]) for name in sizes if name in types}

@@ -20,11 +20,12 @@ import json
 
 from torch import nn
 
+from qlearn.models.bitlinear import PackedBitLinear
 from qlearn.models.experts import expert_matrices, expert_parameters, held_as, replace_experts
 from qlearn.models.int8 import Int8Linear
 from qlearn.models.linear import QuantLinear
 
-CLASSES = {cls.__name__: cls for cls in (QuantLinear, Int8Linear)}
+CLASSES = {cls.__name__: cls for cls in (QuantLinear, Int8Linear, PackedBitLinear)}
 
 
 class CheckpointError(ValueError):

@@ -161,7 +161,7 @@ def _sorted_ends(first, last, scales):
 
 def _grid(format):
     """All finite numbers of a format, in order."""
-    numbers = np.unique(format.decode(np.arange(2**format.bits, dtype=np.uint32)))
+    numbers = np.unique(format.decode(np.arange(format.count, dtype=np.uint32)))
     return numbers[np.isfinite(numbers)]
 
 

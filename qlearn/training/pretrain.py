@@ -89,21 +89,28 @@ def windows(stream, batch, generator):
             yield stream[first[:, None] + reach].long()
 
 
-def learning_rate(step, steps):
-    """Linear warm-up, then linear to zero.
+def linear(step, steps, peak=PEAK_LR):
+    """Linear warm-up, then linear to zero; the weight decay stays. Returns (learning rate, weight decay) of a step.
 
-    >>> learning_rate(0, 1000) < learning_rate(149, 1000), learning_rate(1000, 1000)
-    (True, 0.0)
+    >>> linear(0, 1000) < linear(149, 1000), linear(1000, 1000)
+    (True, (0.0, 0.1))
     """
-    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps), WEIGHT_DECAY
 
 
 def make_optimizer(model):
-    """AdamW with weight decay on the matrices and none on the norms."""
+    """AdamW for two groups of parameters: the matrices, which decay, and the norms, which do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+
+
+def set_rates(optimizer, rate, decay):
+    """The learning rate of all parameters, and the weight decay of the matrices."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.param_groups[0]["weight_decay"] = decay
 
 
 @torch.no_grad()
@@ -115,33 +122,38 @@ def held_out_loss(model, stream, batch=32):
     for start in range(0, count, batch):
         first = torch.arange(start, min(start + batch, count), device=stream.device) * CONTEXT
         tokens = stream[first[:, None] + reach].long()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(stream.device.type, dtype=torch.bfloat16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         total += F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
     return total / (count * CONTEXT)
 
 
-def train(model, stream, held_out, seconds, steps=None, log_every=25):
+def train(
+    model, stream, held_out, seconds, steps=None, log_every=25, *,
+    schedule=linear, batch=TOKENS_PER_STEP // CONTEXT, deadline=None, compile=True,
+):  # fmt: skip
     """Train in place.
 
-    stream, held_out: integer tensors of tokens on the GPU.  seconds: the budget from which the number of steps
-    follows, when `steps` is None.  Returns {"steps", "seconds", "curve": [{"step", "loss"}], "held_out_curve":
-    [{"step", "loss"}]}.
+    stream, held_out: integer tensors of tokens, on the device of the model.  seconds: the budget from which the number
+    of steps follows, when `steps` is None.  schedule: (step, steps) -> (learning rate, weight decay).
+    batch: windows of CONTEXT tokens in a step.  deadline: None, or the time.time() at which training has to be over:
+    where `steps` do not fit, fewer are planned, and the schedule ends with them.  compile: use torch.compile.
+    Returns {"steps", "seconds", "curve": [{"step", "loss"}], "held_out_curve": [{"step", "loss"}]}.
+    Raises ValueError when the loss is no longer finite.
     """
     optimizer = make_optimizer(model)
-    batches = windows(stream, TOKENS_PER_STEP // CONTEXT, torch.Generator().manual_seed(0))
+    batches = windows(stream, batch, torch.Generator().manual_seed(0))
 
     def loss_of(tokens):
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
-    compiled = torch.compile(loss_of)
+    compiled = torch.compile(loss_of) if compile else loss_of
     curve, held_out_curve, running = [], [], torch.zeros((), device=stream.device)
     step, planned, started, timed_from = 0, steps, time.time(), None
     while planned is None or step < planned:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, planned or 100_000)
+        set_rates(optimizer, *schedule(step, planned or 100_000))
         loss = compiled(next(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -150,20 +162,50 @@ def train(model, stream, held_out, seconds, steps=None, log_every=25):
         running += loss.detach()
         step += 1
         if step == 10:  # compiled and warm: from here on the clock tells how many steps fit
-            torch.cuda.synchronize()
+            wait_for(stream.device)
             started = timed_from = time.time()
-        if step == 60 and planned is None:
-            torch.cuda.synchronize()
-            planned = 10 + int(seconds / ((time.time() - timed_from) / 50))
-            print(f"{planned} steps fit in {seconds:.0f} s", flush=True)
+        if step == 60:
+            wait_for(stream.device)
+            planned = plan(planned, seconds, deadline, (time.time() - timed_from) / 50)
         if step % log_every == 0:
-            curve.append({"step": step, "loss": round(running.item() / log_every, 4)})
+            curve.append({"step": step, "loss": round(_finite(running.item() / log_every, step), 4)})
             running.zero_()
         if (planned and step % max(1, planned // 12) == 0) or step == planned:
             held_out_curve.append({"step": step, "loss": round(held_out_loss(model, held_out), 4)})
-            print(step, curve[-1], held_out_curve[-1], f"{time.time() - started:.0f} s", flush=True)
-    torch.cuda.synchronize()
+            print(step, curve[-1:], held_out_curve[-1], f"{time.time() - started:.0f} s", flush=True)
+    wait_for(stream.device)
     return {"steps": step, "seconds": round(time.time() - started, 1), "curve": curve, "held_out_curve": held_out_curve}
+
+
+def plan(steps, seconds, deadline, seconds_a_step):
+    """How many steps to make, as it is known after 60: those that fit in `seconds`, or `steps` unless a deadline is
+    in the way, of which a twentieth is kept for what comes between steps.
+
+    >>> plan(5000, None, time.time() + 100, 0.1)
+    5000 steps do not fit before the deadline; 1010 are made
+    1010
+    """
+    if steps is None:
+        steps = 10 + int(seconds / seconds_a_step)
+        print(f"{steps} steps fit in {seconds:.0f} s", flush=True)
+    if deadline is not None:
+        fit = 60 + round(0.95 * (deadline - time.time()) / seconds_a_step)
+        if fit < steps:
+            print(f"{steps} steps do not fit before the deadline; {fit} are made", flush=True)
+        steps = max(60, min(steps, fit))
+    return steps
+
+
+def wait_for(device):
+    """Until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _finite(loss, step):
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}; lower the learning rate")
+    return loss
 
 
 def save(model, tokenizer, folder):

@@ -20,6 +20,8 @@ def test_every_name_gives_its_format_and_the_format_its_name():
         "e8m0",
         "nf4",
         "nf3",
+        "sign",
+        "trit",
     }
     assert set(formats.FORMATS) == expected
     for name in expected:
@@ -31,7 +33,7 @@ def test_every_name_gives_its_format_and_the_format_its_name():
 @pytest.mark.parametrize("name", [name for name in formats.FORMATS if name != "fp32"])
 def test_every_format_decodes_all_codes_of_its_bits_and_encodes_them_back(name):
     format = formats.get(name)
-    codes = np.arange(2**format.bits)
+    codes = np.arange(format.count)
     numbers = format.decode(codes)
     assert numbers.dtype == np.float32 and numbers.shape == codes.shape
     known = ~np.isnan(numbers)
@@ -39,8 +41,19 @@ def test_every_format_decodes_all_codes_of_its_bits_and_encodes_them_back(name):
     assert np.array_equal(format.to_unsigned(format.from_unsigned(codes)), codes)
 
 
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 1001])
+@pytest.mark.parametrize("name", [name for name in formats.FORMATS if formats.get(name).bits <= 8])
+def test_every_format_of_up_to_eight_bits_packs_its_codes(name, count):
+    format = formats.get(name)
+    codes = np.random.default_rng(0).integers(0, format.count, count).astype(np.uint8)
+    packed = format.pack(codes)
+    assert packed.dtype == np.uint8 and packed.shape == (format.packed_size(count),)
+    assert format.packed_size(count) == -(-count * round(5 * format.bits) // 40)
+    assert np.array_equal(format.unpack(packed, count), codes)
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"format 'int9' is unknown: choose from int1, .*uint8, fp32, .*e8m0, nf4, nf3"
+        ValueError, match=r"format 'int9' is unknown: choose from int1, .*uint8, fp32, .*e8m0, nf4, nf3, sign, trit"
     ):
         formats.get("int9")

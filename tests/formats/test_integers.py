@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qlearn.formats import integers
 from qlearn.formats.integers import (
+    TRIT,
     Integers,
     from_unsigned,
     integer_range,
@@ -183,6 +184,27 @@ def test_every_group_of_five_trits_has_its_own_byte():
     assert packed.tolist() == [sum((int(t) + 1) * 3**i for i, t in enumerate(group)) for group in groups]
     assert sorted(packed.tolist()) == list(range(243))
     assert np.array_equal(unpack_trits(packed, groups.size).reshape(-1, 5), groups)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_trits_are_a_format(kind):
+    numbers = kind([-3.0, -0.51, -0.5, 0.0, 0.5, 0.51, float("inf")])
+    codes = TRIT.encode(numbers)
+    assert codes.tolist() == [0, 0, 1, 1, 1, 2, 2] and str(codes.dtype).endswith("uint8")
+    assert TRIT.round(numbers).tolist() == [-1, -1, 0, 0, 0, 1, 1]
+    assert TRIT.from_unsigned(codes).tolist() == [-1, -1, 0, 0, 0, 1, 1]
+    assert torch.equal(torch.as_tensor(TRIT.to_unsigned(TRIT.from_unsigned(codes))), torch.as_tensor(codes))
+    assert torch.equal(torch.as_tensor(TRIT.pack(codes)), torch.as_tensor(pack_trits(TRIT.from_unsigned(codes))))
+
+
+def test_what_is_no_trit_is_refused():
+    with pytest.raises(ValueError, match="NaN cannot be stored as a trit"):
+        TRIT.encode(float("nan"))
+    for function in (TRIT.decode, TRIT.from_unsigned, TRIT.pack):
+        with pytest.raises(ValueError, match="3"):
+            function(np.array([0, 3]))
+    with pytest.raises(ValueError, match="2"):
+        TRIT.to_unsigned(np.array([0, 2]))
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])

@@ -36,7 +36,7 @@ def values_of(name):
         raise ValueError(
             f"{name} has 2**{format.bits} codes, too many for a number line; choose a format of at most 8 bits"
         )
-    decoded = np.asarray(format.decode(np.arange(2**format.bits)), dtype=np.float64)
+    decoded = np.asarray(format.decode(np.arange(format.count)), dtype=np.float64)
     return np.unique(decoded[np.isfinite(decoded)] + 0.0)
 
 
