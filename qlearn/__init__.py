@@ -23,7 +23,7 @@ _HOME = {
     "quantize_model": "qlearn.models",
     "generate": "qlearn.models",
 }
-_MODULES = ("bench", "course", "evaluate", "formats", "methods", "models", "tensor", "training")
+_MODULES = ("bench", "course", "evaluate", "export", "formats", "methods", "models", "tensor", "training")
 
 __all__ = [*_HOME, *_MODULES]
 

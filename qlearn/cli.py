@@ -86,6 +86,12 @@ def _parser():
     add = command(_reset, "reset", "start an exercise over", more)
     add.add_argument("file", type=Path, metavar="FILE", help="such as exercises/02_absmax.ipynb")
 
+    more = "With the name of a tensor, the numbers in one of its blocks, bit by bit."
+    add = command(_inspect, "inspect", "what a GGUF file holds", more)
+    add.add_argument("file", type=Path, metavar="FILE", help="such as model.gguf")
+    add.add_argument("tensor", nargs="?", metavar="TENSOR", help="such as blk.0.attn_q.weight")
+    add.add_argument("block", nargs="?", type=int, default=0, metavar="BLOCK", help="its number, the first by default")
+
     more = "For authors: executes lessons/source and solutions/source and writes lessons, solutions and exercises."
     add = command(_build, "build", "build the notebooks from their sources", more)
     add.add_argument("names", nargs="*", metavar="NAME", help="which, such as 02_absmax or 02; all by default")
@@ -142,6 +148,19 @@ def _reset(options):
 
     backup = reset(options.file)
     print(f"{options.file} is as it was in the beginning" + (f"; yours is kept as {backup}" if backup else ""))
+    return 0
+
+
+def _inspect(options):
+    from qlearn.export import GGUFFile, dissect, inspect
+
+    if options.tensor is None:
+        print(inspect(options.file))
+        return 0
+    file = GGUFFile(options.file)
+    kind, block = file.tensor(options.tensor).type.name, file.block(options.tensor, options.block)
+    print(f"{options.tensor}, block {options.block}, {kind}: {block.tobytes().hex(' ')}\n")
+    print("\n".join(map(str, dissect(block, kind))))
     return 0
 
 

@@ -113,7 +113,7 @@ def passage(model, tokenizer, text=None, convention="sliding", tokens=None, wind
     if convention == "sliding":
         windows, bos = sliding(len(ids), width, stride), None
     else:
-        windows, bos = second_halves(len(ids), width), _bos(tokenizer)
+        windows, bos = second_halves(len(ids), width), bos_token(tokenizer)
     if not windows:
         needed = 2 if convention == "sliding" else width
         raise ValueError(
@@ -193,7 +193,7 @@ def _encode(tokenizer, text, tokens):
     return torch.tensor(ids[:tokens], dtype=torch.int64)
 
 
-def _bos(tokenizer):
+def bos_token(tokenizer):
     """The BOS token, if the tokenizer begins every text with it: a GGUF file's tokenizer.ggml.add_bos_token."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first[0] if first and first[0] == tokenizer.bos_token_id else None

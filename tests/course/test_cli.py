@@ -20,7 +20,7 @@ def run(capsys, *arguments):
 def test_help_names_every_command(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("doctor", "lab", "grade", "progress", "hint", "reset", "build"):
+    for command in ("doctor", "lab", "grade", "progress", "hint", "reset", "inspect", "build"):
         assert f"    {command} " in out and run(capsys, command, "--help")[0] == 0
 
 

@@ -1,0 +1,1 @@
+"""Tests against llama.cpp's own tools: `make test-llamacpp`."""
