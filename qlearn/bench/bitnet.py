@@ -67,8 +67,11 @@ def recipes(folder, device):
     names.sort(key=lambda name: name != REFERENCE)
     rows = {("trained", name): partial(run, name) for name in names}
 
+    _, tokenizer = load_model()
+
     def of_reference(method, bits, group_size, **options):
-        return lambda: quantize_model(run(REFERENCE), method, bits, group_size, progress=False, **options)
+        options = {"tokenizer": tokenizer, "progress": False, **options}
+        return lambda: quantize_model(run(REFERENCE), method, bits, group_size, **options)
 
     rows |= {
         ("shipped", "GGUF"): lambda: shipped().to(device),

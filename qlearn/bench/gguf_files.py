@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from qlearn import evaluate
+from qlearn.bench.ggml import SDIST
 from qlearn.bench.llamacpp import LlamaCpp
 from qlearn.bench.results import write
 from qlearn.evaluate.provenance import provenance
@@ -130,7 +131,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="folder to write; the package's results by default")
     options = parser.parse_args(argv)
     command = "python -m qlearn.bench.gguf_files" + (f" --chunks {options.chunks}" if options.chunks >= 0 else "")
-    record = provenance(command) | {"llama_cpp": "llama-cpp-python 0.3.36", "chunks": options.chunks, "rows": []}
+    record = provenance(command) | {"llama_cpp": SDIST.replace("==", " "), "chunks": options.chunks, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         for row in measure(LlamaCpp(), folder, options.chunks):
             record["rows"].append(row)

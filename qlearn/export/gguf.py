@@ -109,7 +109,7 @@ def _general(model, scheme):
         "general.type": "model",
         "general.name": Path(model.config.name_or_path).name or type(model).__name__,
         "general.quantization_version": QUANTIZATION_VERSION,
-        "general.file_type": recipes.SCHEMES[scheme].file_type if scheme in recipes.SCHEMES else 0,
+        "general.file_type": recipes.SCHEMES[scheme].file_type,
     }
 
 

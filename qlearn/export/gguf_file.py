@@ -28,7 +28,6 @@ Source: docs/gguf.md of ggml; ggml/src/gguf.cpp in llama.cpp, which refuses the 
 """
 
 import itertools
-import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ VERSIONS = (2, 3)
 ALIGNMENT = 32
 LONGEST_NAME = 63  # bytes: ggml keeps names in 64, with a zero at the end
 MOST_DIMENSIONS = 4
+LONGEST_MESSAGE = 400  # letters
 STRING, ARRAY, BOOL = 8, 9, 7
 VALUES = {
     0: ("uint8", "<B"), 1: ("int8", "<b"), 2: ("uint16", "<H"), 3: ("int16", "<h"), 4: ("uint32", "<I"),
@@ -55,7 +55,23 @@ REMEDY = "the file is incomplete or damaged; fetch or write it again"
 
 
 class GGUFError(ValueError):
-    """A file that is no GGUF file, or not a whole one, or one that cannot be used for what was asked."""
+    """A file that is no GGUF file, or not a whole one, or one that cannot be used for what was asked.
+
+    What is quoted from the file may be garbage; it is made printable, and a long sentence is cut in the middle.
+    """
+
+    def __init__(self, message):
+        message = printable(message)
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:200]} ... {message[-120:]}")
+
+
+def printable(text):
+    """A text from a file with escapes for everything that is no letter, sign or space.
+
+    >>> print(printable("a.key" + chr(27) + "!"))
+    a.key\\x1b!
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(error):
@@ -127,7 +143,7 @@ class GGUFFile:
         """The bytes of a tensor as they lie in the file: uint8 (rows, bytes of a row), read when they are looked at."""
         info = self.tensor(name)
         flat = np.frombuffer(self._bytes, np.uint8, info.nbytes, info.start)
-        return flat.reshape(math.prod(info.shape[:-1]), -1 if info.nbytes else 0)
+        return flat.reshape(-1, info.row_bytes)
 
     def weights(self, name):
         """The numbers of a tensor: float32 in its shape.  Raises GGUFError for a type that cannot be decoded."""
@@ -320,6 +336,8 @@ def _tensor(cursor, number):
     if id not in BY_ID:
         raise GGUFError(f"tensor {name!r} is of type {id}, which is unknown here or was given up by llama.cpp")
     shape, type = tuple(reversed(sizes)) or (1,), BY_ID[id]
+    if 0 in shape:
+        raise GGUFError(f"tensor {name!r} has a dimension of 0, so nothing in it; {REMEDY}")
     if shape[-1] % type.weights:
         raise GGUFError(f"a row of {name!r} has {shape[-1]} weights, no whole {type.name} blocks of {type.weights}")
     offset = cursor.number("<Q", f"offset of {name}", "where its data begin, from the start of the data")
@@ -343,7 +361,7 @@ def _placed(infos, data_start, alignment, size):
         if info.name in placed:
             raise GGUFError(f"tensor {info.name!r} occurs twice; {REMEDY}")
         placed[info.name] = TensorInfo(info.name, info.shape, info.type, start, info.nbytes)
-    in_order = sorted((info for info in placed.values() if info.nbytes), key=lambda info: info.start)
+    in_order = sorted(placed.values(), key=lambda info: info.start)
     for before, after in itertools.pairwise(in_order):
         if after.start < before.end:
             raise GGUFError(f"tensors {before.name!r} and {after.name!r} overlap; {REMEDY}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlearn.export.gguf_file import GGUFFile, Span
+from qlearn.export.gguf_file import GGUFFile, Span, printable
 
 SHOWN = 6  # elements of an array
 LONGEST = 60  # letters of a text
@@ -38,7 +38,7 @@ class Contents:
         width = max(map(len, file.metadata), default=0)
         kinds = max(map(len, file.kinds.values()), default=0)
         for key, value in file.metadata.items():
-            lines.append(f"  {key:<{width}}  {file.kinds[key]:<{kinds}}  {shortened(value)}")
+            lines.append(f"  {printable(key):<{width}}  {file.kinds[key]:<{kinds}}  {shortened(value)}")
         width = max(map(len, file.tensors), default=0)
         lines += [
             "",
@@ -48,7 +48,7 @@ class Contents:
         for info in file.tensors.values():
             shape = " x ".join(map(str, info.shape))
             numbers = f"{info.start:>12}{info.nbytes:>12}   {info.type.bits_per_weight:g}"
-            lines.append(f"  {info.name:<{width}}  {info.type.name:<8}{shape:<18}{numbers}")
+            lines.append(f"  {printable(info.name):<{width}}  {info.type.name:<8}{shape:<18}{numbers}")
         return "\n".join(lines)
 
 
@@ -88,8 +88,6 @@ def fields(path):
     file = GGUFFile(path, trace=spans)
     at = spans[-1].end if spans else 0
     for info in sorted(file.tensors.values(), key=lambda info: info.start):
-        if not info.nbytes:
-            continue
         if info.start > at:
             spans.append(_padding(at, info.start))
         meaning = f"the tensor {info.name}: {' x '.join(map(str, info.shape))} in {info.type.name} blocks"

@@ -49,6 +49,6 @@ SMALL = file(
         array("an.array", 5, [3, -1, 2]),
         array("texts", STRING, ["one", "two", "drei"]),
     ],
-    [tensor("first", [4, 2]), tensor("second", [32], 2, 32), tensor("empty", [0, 5], 0, 32)],
-    struct.pack("<8f", *range(8)) + struct.pack("<e", 1.0) + bytes(range(16)) + bytes(14),
+    [tensor("first", [4, 2]), tensor("second", [32], 2, 32), tensor("scalar", [], 0, 64)],
+    struct.pack("<8f", *range(8)) + struct.pack("<e", 1.0) + bytes(range(16)) + bytes(14) + struct.pack("<f", 7.0),
 )

@@ -106,7 +106,9 @@ def file(tmp_path, tensors=("blk.0.attn_q.weight",), **changes):
     metadata = {key: value for key, value in (GOOD | changes).items() if value is not None}
     entries = [entry("general.architecture", STRING, "llama")]
     entries += [entry(key, *value) if isinstance(value, tuple) else value for key, value in metadata.items()]
-    (tmp_path / "f.gguf").write_bytes(handmade.file(entries, [tensor(name, [0]) for name in tensors]))
+    (tmp_path / "f.gguf").write_bytes(
+        handmade.file(entries, [tensor(name, [8], 0, 32 * i) for i, name in enumerate(tensors)], bytes(32))
+    )
     return GGUFFile(tmp_path / "f.gguf")
 
 

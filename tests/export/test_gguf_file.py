@@ -34,10 +34,10 @@ def test_a_small_file(write):
     assert found.get("general.architecture", str) == "llama" and found.get("a.bool", bool) is True
     assert found.get("a.float", float) == 0.5 and found.get("texts", list) == ["one", "two", "drei"]
     assert found.get("an.array", np.ndarray).tolist() == [3, -1, 2] and found.kinds["an.array"] == "array of int32"
-    assert list(found.tensors) == ["first", "second", "empty"]
+    assert list(found.tensors) == ["first", "second", "scalar"]
     assert found.weights("first").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert found.weights("second").tolist() == [(i & 15) - 8.0 for i in range(16)] + [-8.0] * 16
-    assert found.weights("empty").shape == (5, 0)
+    assert found.weights("scalar").tolist() == [7.0]
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -130,6 +130,7 @@ BROKEN = {
         file((), [tensor("t", [32], 4)], bytes(32)), "is of type 4, which is unknown here or was given up"),
     "half a block": (
         file((), [tensor("t", [33], 2)], bytes(64)), "row of 't' has 33 weights, no whole Q4_0 blocks of 32"),
+    "nothing in it": (file((), [tensor("t", [2**60, 0, 2**60])], bytes(4)), "tensor 't' has a dimension of 0"),
     "size that overflows": (file((), [tensor("t", [2**32, 2**32, 2**32])], bytes(4)), "tensor 't' ends at byte"),
     "offset not aligned": (file((), [tensor("t", [1], 0, 4)], bytes(99)), "'t' begins at 4, no multiple of 32"),
     "offset outside": (file((), [tensor("t", [1], 0, 2**40)], bytes(4)), "tensor 't' ends at byte 10995"),
@@ -148,13 +149,15 @@ def test_what_is_wrong_is_told_in_one_sentence(write, data, message):
 
 
 def test_cut_off_anywhere(write):
-    """The last 14 bytes are padding behind the last tensor, which may be missing."""
-    needed = len(SMALL) - 14
-    for length in range(needed):
+    for length in range(len(SMALL)):
         with pytest.raises(GGUFError):
             GGUFFile(write(SMALL[:length]))
-    for length in range(needed, len(SMALL) + 1):
-        assert len(GGUFFile(write(SMALL[:length])).tensors) == 3
+
+
+def test_padding_at_the_end(write):
+    """What is behind the last tensor is padding, and nobody misses it."""
+    for padding in (0, 1, 28, 100):
+        assert len(GGUFFile(write(SMALL + bytes(padding))).tensors) == 3
 
 
 def test_no_file(tmp_path):
@@ -171,6 +174,14 @@ def test_no_file(tmp_path):
 def test_metadata_that_are_not_what_is_needed(write, key, kind, message):
     with pytest.raises(GGUFError, match=message):
         GGUFFile(write(SMALL)).get(key, kind)
+
+
+def test_garbage_is_quoted_in_one_printable_line(write):
+    for key in ("one\ntwo\x1b[31m", "x" * 5000):
+        with pytest.raises(GGUFError) as error:
+            GGUFFile(write(file([entry(key, 7, 2)])))
+        message = str(error.value)
+        assert message.isprintable() and len(message) < 400 and message.endswith("fetch or write it again")
 
 
 def test_a_default_stands_in(write):
@@ -241,7 +252,7 @@ def test_any_bytes_give_a_result_or_a_gguf_error(write, data):
     try:
         use(path)
     except GGUFError as error:
-        assert "\n" not in str(error)
+        assert str(error).isprintable()
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()

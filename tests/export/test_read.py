@@ -52,7 +52,7 @@ def test_unquantized_there_and_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "biased", "odd", "bitnet"])
-@pytest.mark.parametrize("scheme", ["Q8_0", "Q4_K_M", "Q4_0", "Q2_K", "MXFP4"])
+@pytest.mark.parametrize("scheme", ["Q8_0", "Q4_K_M", "MXFP4"])
 def test_the_logits_are_those_of_the_dequantized_weights(name, scheme, tmp_path):
     path = write(tiny.model(name), tmp_path, scheme)
     model, _ = read_gguf(path)
@@ -206,7 +206,7 @@ def small(tmp_path_factory):
     return path.read_bytes(), GGUFFile(path).data_start, folder / "damaged.gguf"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_gives_a_model_or_a_gguf_error(small, data):
     whole, head, path = small

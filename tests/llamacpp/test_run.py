@@ -8,6 +8,7 @@ from qlearn.bench.llamacpp import FLOAT32
 from qlearn.evaluate import evaluation_text, perplexity
 from qlearn.export import read_gguf, write_gguf
 from qlearn.models import generate
+from qlearn.training.bitnet import checkpoint
 from tests.export import tiny, tokens
 
 pytestmark = pytest.mark.llamacpp
@@ -67,6 +68,13 @@ def test_the_perplexity_of_quantized_files_is_within_one_percent(llama, text, tm
     path = write_gguf(tiny.model("bundled"), tiny.tokenizer(), tmp_path / "model.gguf", scheme, progress=False)
     ours = perplexity(*read_gguf(path), convention="llama.cpp", tokens=2048)
     assert llama.perplexity(path, text, chunks=4) == pytest.approx(ours, rel=0.01)
+
+
+def test_the_bitnet_that_ships(llama, text):
+    """Both round the inputs to 8 bits, this package for each token, llama.cpp for each 256 numbers of it."""
+    path = checkpoint("b158")
+    ours = perplexity(*read_gguf(path), convention="llama.cpp", tokens=8 * 512)
+    assert ours < 20 and llama.perplexity(path, text, chunks=8) == pytest.approx(ours, rel=0.01)
 
 
 @pytest.mark.parametrize("prompt", gguf_files.PROMPTS)
