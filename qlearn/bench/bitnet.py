@@ -66,7 +66,6 @@ def recipes(folder, device):
         raise FileNotFoundError(f"there is no {REFERENCE}.safetensors in {folder}; train it with --kind bf16")
     names.sort(key=lambda name: name != REFERENCE)
     rows = {("trained", name): partial(run, name) for name in names}
-
     _, tokenizer = load_model()
 
     def of_reference(method, bits, group_size, **options):

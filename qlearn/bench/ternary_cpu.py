@@ -18,6 +18,7 @@ layers come in between. Figures are medians of the time of one call, after a war
 
 import argparse
 import itertools
+import os
 from functools import partial
 from pathlib import Path
 
@@ -82,27 +83,21 @@ def measure_models(threads=THREADS, seconds=2.0, **sizes):
     rows = []
     for (tokens, behind), used in itertools.product(((1, 64), (64, 0)), threads):
         torch.set_num_threads(used)
-        calls = {name: [partial(_forward, model, tokens, behind)] for name, model in models.items()}
-        if behind:
-            calls = {name: [_continuation(model, tokens, behind)] for name, model in models.items()}
+        calls = {name: [_forward(model, tokens, behind)] for name, model in models.items()}
         rows.append({"threads": used, "tokens": tokens, "behind": behind, "seconds": cpu_times(calls, seconds)})
         print({**rows[-1], "seconds": {n: f"{1e3 * s:.2f} ms" for n, s in rows[-1]["seconds"].items()}}, flush=True)
     return rows
 
 
-def _forward(model, tokens, behind=0):
-    """Run a model over tokens that nothing comes before."""
-    return model(torch.arange(1, tokens + 1)[None], use_cache=False)
-
-
-def _continuation(model, tokens, behind):
+def _forward(model, tokens, behind):
     """A function that runs the model over tokens after those that were seen before, again and again."""
-    cache = model(torch.arange(1, behind + 1)[None], use_cache=True).past_key_values
-    more = torch.arange(1, tokens + 1)[None]
+    ids = torch.arange(behind + tokens)[None] % model.config.vocab_size
+    if not behind:
+        return lambda: model(ids, use_cache=False)
+    cache = model(ids[:, :behind], use_cache=True).past_key_values
 
-    @torch.no_grad()
     def run():
-        logits = model(more, past_key_values=cache, use_cache=True).logits
+        logits = model(ids[:, behind:], past_key_values=cache, use_cache=True).logits
         cache.crop(-tokens)
         return logits
 
@@ -125,14 +120,16 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
     parser.add_argument("--out", type=Path, help="the file to write; else one among the package's results")
     options = parser.parse_args(argv)
-    before = torch.get_num_threads()
+    before, load = torch.get_num_threads(), os.getloadavg()[0]
     try:
         rows, models = measure(threads=options.threads), measure_models(options.threads)
     finally:
         torch.set_num_threads(before)
     command = f"python -m qlearn.bench.ternary_cpu --threads {' '.join(map(str, options.threads))}"
     out = options.out or Path("ternary_cpu.json")
-    write(out.stem, provenance(command) | {"rows": rows, "models": models}, out.parent if options.out else None)
+    # load: how many processes, on the average of a minute, wanted the processor before this one did
+    record = provenance(command) | {"load": load, "rows": rows, "models": models}
+    write(out.stem, record, out.parent if options.out else None)
 
 
 if __name__ == "__main__":
