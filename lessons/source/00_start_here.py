@@ -179,6 +179,8 @@ course.hint("start_here.packed_size")
 # | 04 | [Whole models](04_ptq.ipynb) | 80 | what a model weighs; activations in 8 bits, calibration, outliers |
 # | 05 | [QAT](05_qat.ipynb) | 80 | training under rounding: gradients through a staircase; learning from the unquantized model |
 # | 06 | [GPTQ and AWQ](06_gptq.ipynb) | 100 | round one weight, let the others make up for it |
+# | 07 | [GGUF to the byte](07_gguf.ipynb) | 100 | files of llama.cpp: blocks, scales of scales, Q4_K_M, imatrix, offloading |
+# | 08 | [BitNet](08_bitnet.ipynb) | 80 | weights of −1, 0, 1, trained as such; products without multiplying |
 #
 # More lessons follow. Each asks you to predict, works a small case by hand, climbs from a Python loop to fast code, compares with an independent
 # implementation, lets you drag what matters, and ends on the model. On the way you build one sentence: *a format is a grid of numbers, and

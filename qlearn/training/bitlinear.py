@@ -17,9 +17,9 @@ out, says the paper on training, costs nearly everything: a loss of 7.5 in place
 **Backward** both roundings are passed straight through (`fake_quant.py`): dx and dW are those of a plain layer that was
 given the rounded values, and the scales count as constants.
 
-Inputs are rounded well only if no token has a single number that is far larger than all others. So each BitLinear
-stands right behind an RMSNorm. Before q, k, v, gate and up a Llama has one anyway; the ones before o and down are new,
-the SubLN of transformers' `BitNetForCausalLM`.
+A sum of many products has a known spread only if its inputs have a known size. So each BitLinear stands right behind an
+RMSNorm. Before q, k, v, gate and up a Llama has one anyway; the ones before o and down are new, the SubLN of
+transformers' `BitNetForCausalLM`.
 
 Source: BitNet, arXiv 2310.11453, equations 1 to 11; b1.58, arXiv 2402.17764, equations 1 to 3; The Era of 1-bit LLMs:
 Training Tips, Code and FAQ (microsoft/unilm, 2024).

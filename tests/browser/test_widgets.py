@@ -36,12 +36,16 @@ QUESTION = "from qlearn import course\ncourse.predict('error in %', low=0, high=
 ANSWER = "course.reveal('browser', 10, unit='%')"
 TABLE = "course.table(original=[0.9, -0.3], codes=[3, -1])"
 BOARD = "course.board.add('absmax', 4.25, 2.1)\ncourse.board.show()"
+HEX = "view = course.widgets.hex_view(types=['Q4_K', 'Q4_0'])\nview.select('scales[5]')\nview"
 TEXT = "course.widgets.text_breaker(lambda bits: (f'text at {bits} bits', bits), bits=(2, 8))"
+TERNARY = "course.widgets.ternary_explorer()"
 
 
 @pytest.fixture(scope="module")
 def lab(shared_lab):
-    return shared_lab.write("widgets.ipynb", PLOT, BITS, LEARNER, QUESTION, ANSWER, TABLE, BOARD, TEXT).run_all()
+    return shared_lab.write(
+        "widgets.ipynb", PLOT, BITS, LEARNER, QUESTION, ANSWER, TABLE, BOARD, TEXT, HEX, TERNARY
+    ).run_all()
 
 
 def test_nothing_fails(lab):
@@ -155,6 +159,37 @@ def test_the_text_waits_for_the_slider_to_be_let_go(lab):
     lab.drag(output.locator(".noUi-target"), to=1.0)
     expect(output.locator(".qtext")).to_have_text("text at 2 bits")
     expect(output.locator(".qlive-note")).to_have_text("2 bits: perplexity 2")
+
+
+def test_the_hex_view_frames_the_bytes_of_a_part(lab):
+    output = lab.output(8)
+    framed, note = output.locator(".qhex-chosen"), output.locator(".qlive-note")
+    expect(output.locator(".qhex-byte")).to_have_count(144)
+    expect(framed).to_have_count(2)
+    expect(note).to_contain_text("scales[5]: bits 0-3 of byte 13, then bits 6-7 of byte 5")
+    assert "bits 6-7: scales[5] = " in framed.first.get_attribute("title")
+    output.locator(".noUi-handle").focus()
+    lab.page.keyboard.press("ArrowRight")
+    expect(note).to_contain_text("scales[6]: bits 0-3 of byte 14, then bits 6-7 of byte 6")
+    expect(output.locator(".qtext")).to_contain_text("scale of weights 192-223")
+    lab.drag(output.locator(".noUi-target"), to=1.0)
+    expect(note).to_contain_text("codes[255]: bits 4-7 of byte 143")
+    expect(framed).to_have_count(1)
+    output.locator("select").select_option("Q4_0")
+    expect(output.locator(".qhex-byte")).to_have_count(18)
+    expect(note).to_contain_text("Q4_0, codes[31]: bits 4-7 of byte 17")
+
+
+def test_a_threshold_is_dragged_and_the_value_chosen(lab):
+    output = lab.output(9)
+    note, image = output.locator(".qlive-note"), output.locator("img")
+    expect(note).to_contain_text("0 below 100 % of the mean magnitude")
+    lab.drag(output.locator(".noUi-target"), to=1 / 6)
+    expect(note).to_contain_text("(absmean): 34 % are -1, 31 % are 0, 35 % are 1; a is 1.00 times")
+    before = pixels(image)
+    output.locator("select").select_option("the mean of what is not 0")
+    expect(note).to_contain_text("0 below 50 % of the mean magnitude: 34 % are -1, 31 % are 0, 35 % are 1; a is 1.33")
+    assert pixels(image) != before
 
 
 def pixels(image):

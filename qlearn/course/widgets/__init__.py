@@ -5,8 +5,10 @@
     number_line             a still picture of the numbers of small formats;  number_line_explorer: drag x along one
     absmax_explorer         bits, who shares a scale, errors, true bits per weight;  outlier_explorer: one weight grows
     clip_explorer           where to cut the largest weights off
+    hex_view                which byte of a block, or of a file, says what
     column_explorer         GPTQ, one column at a time, beside round-to-nearest
     settling_explorer       a weight in training that belongs between two grid points
+    ternary_explorer        what counts as zero, when a weight is -1, 0 or 1 times a number
     zero_point_explorer     symmetric against asymmetric grids on shifted values
     activation_explorer     one large number, or one large channel, in the inputs of an 8-bit layer
     text_breaker            what a model writes with fewer and fewer bits
@@ -21,8 +23,10 @@ from qlearn.course.widgets.activations import activation_explorer
 from qlearn.course.widgets.bits import BitExplorer
 from qlearn.course.widgets.clipping import clip_explorer
 from qlearn.course.widgets.column_by_column import column_explorer
+from qlearn.course.widgets.hexview import hex_view
 from qlearn.course.widgets.numberline import number_line, number_line_explorer
 from qlearn.course.widgets.settling import settling_explorer
+from qlearn.course.widgets.ternary import ternary_explorer
 from qlearn.course.widgets.text import text_breaker
 from qlearn.course.widgets.zeropoint import zero_point_explorer
 
@@ -33,10 +37,12 @@ __all__ = [
     "activation_explorer",
     "clip_explorer",
     "column_explorer",
+    "hex_view",
     "number_line",
     "number_line_explorer",
     "outlier_explorer",
     "settling_explorer",
+    "ternary_explorer",
     "text_breaker",
     "zero_point_explorer",
 ]
