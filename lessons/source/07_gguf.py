@@ -10,8 +10,7 @@
 # why K-quants have scales of scales, what a name such as Q4_K_M promises, what an importance matrix buys, and how many layers to put on a
 # GPU that is too small. You need lesson 03, and for the importance matrix 06.
 #
-# **The question.** Our model is written as a file of the kind that most people run at home, **Q4_K_M**. The 4 stands for 4 bits. How many
-# bits does the file really spend on a weight, everything counted?
+# **The question.** Our model is written as a file of the kind that most people run at home, **Q4_K_M**. The 4 stands for 4 bits. How many bits do the file's tensors really take for each weight, scales and all, the text in front of them left out?
 
 # %%
 import math
@@ -76,8 +75,8 @@ course.table(weight=first, code=codes[:16])
 # %% tags=["nbval-check-output"]
 sign, power = 1, -2  # -0.25 is -1 * 2**-2 * (1 + 0/1024)
 half = sign << 15 | (power + 15) << 10 | 0
-nibbles = [codes[j] | codes[j + 16] << 4 for j in range(16)]
-block = bytes([half & 255, half >> 8, *nibbles])
+pairs = [codes[j] | codes[j + 16] << 4 for j in range(16)]
+block = bytes([half & 255, half >> 8, *pairs])
 assert len(block) == 18 and 8 * len(block) / 32 == 4.5
 print(block.hex(" "))
 
@@ -146,7 +145,7 @@ assert all(np.array_equal(found["loop"], other) for other in found.values())
 # %% [markdown]
 # ## Parity
 #
-# llama.cpp's authors publish a Python package, `gguf`. It writes the simple types, and reads all:
+# llama.cpp's authors publish a Python package, `gguf`. It writes the simple types, and reads all. (`_0` has a scale, `_1` a minimum as well; MXFP4 holds small floats, TQ three values a weight.)
 
 # %% tags=["nbval-check-output"]
 for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0"):
@@ -162,7 +161,7 @@ for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
 
 # %% [markdown]
 # The K-quants, which come next, it can only read: these bytes were compared with those of llama.cpp's own C code, on 16 million weights
-# each. The results file says how many blocks differ, and how fast each is on one thread:
+# each. The results file says how many blocks differ, and how fast each is on one thread. ("with": with an importance matrix, of which more below; then the simple types search, too, and are slower.)
 
 # %%
 record = results.read("gguf_blocks")
@@ -188,8 +187,7 @@ assert speed["Q4_0"]["ggml"] > 3 * speed["Q4_0"]["compiled"] and speed["Q4_K"]["
 #
 # ## Scales of scales
 #
-# 32 weights for one scale are many. Sixteen would follow the weights more closely, and weights that are all above zero would like a minimum
-# as well, as in lesson 03. What would two float16 for each 16 weights cost?
+# A float16 for each 32 weights is half a bit a weight. Weights that reach further to one side of zero than to the other would like a minimum as well, as in lesson 03, and fewer of them should share it. What would two float16 for each 16 weights cost, and what do two small integers for each 32?
 
 # %% tags=["nbval-check-output"]
 print("codes of 4 bits, a float16 for each 32 weights:       ", 4 + 16 / 32)
@@ -203,7 +201,7 @@ assert 8 * TENSOR_TYPES["Q4_K"].nbytes / 256 == 4 + 2 * 16 / 256 + 2 * 6 / 32 ==
 #
 # w = d · scale · code − dmin · min
 #
-# For what Q4_0 costs, Q4_K has a minimum as well. Does it pay?
+# Both integers are at least 0, so the grid begins at zero or below it, never above. For what Q4_0 costs, Q4_K has a minimum as well, and its writer searches (below). What do the two bring together?
 
 
 # %%
@@ -236,8 +234,7 @@ for start in (0, 4, 8):
 
 # %% [markdown]
 # The first four scales are the low 6 bits of bytes 4–7, the first four minimums those of bytes 8–11. Two bits are left in each of
-# these eight. The other four scales and minimums are cut in two: low 4 bits in a half of bytes 12–15, high 2 bits in what was left. So
-# scale 5 is this:
+# these eight. The other four scales and minimums are cut in two. A scale's low 4 bits lie in the low half of one of bytes 12–15, a minimum's in the high half; the high 2 bits fill what was left, of bytes 4–7 for scales, of 8–11 for minimums. So scale 5 is this:
 
 # %% tags=["nbval-check-output"]
 high, low = twelve[1] >> 6, twelve[9] & 15  # bytes 5 and 13 of the block
@@ -272,8 +269,7 @@ assert six_bits(block[4:16]) == (scales, mins)
 assert np.array_equal(decode(block, six_bits).ravel(), gguf_blocks.dequantize(block, "Q4_K"))
 
 # %% [markdown]
-# That is all of Q4_K. The sisters differ in their numbers: Q6_K has 16 sub-blocks with a scale of 8 bits and no minimum, Q2_K 16 with 4 bits
-# each. Wherever a code does not fit into halves of bytes, its bits are spread: 4 of the 6 here, 2 there.
+# That is all of Q4_K. The sisters differ in their numbers: Q6_K has 16 sub-blocks with a scale of 8 bits and no minimum, Q2_K 16, each with a scale and a minimum of 4 bits. A code of Q6_K does not fit into half a byte, so it is spread: 4 bits here, 2 there.
 #
 # ## Look inside
 #
@@ -293,14 +289,11 @@ for type, parts in {"Q4_K": ["mins[6]", "codes[0]", "codes[32]"], "Q6_K": ["code
         print(explorer.summary)
 
 # %% [markdown]
-# **What you should have seen.** Minimum 6 is in the high half of byte 14 and the top of byte 10. Weights 0 and 32 share byte 16. A code of Q6_K has
-# 4 bits in one place and 2 in another, and d comes last.
+# **What you should have seen.** Minimum 6 is in the high half of byte 14 and the top of byte 10. Weights 0 and 32 share byte 16. A code of Q6_K lies in two places, and d comes last.
 #
 # ## The search
 #
-# A reader has no choice: the bytes say what the weights are. A writer has. Which scale and which minimum? Stretching the grid from the
-# smallest weight to the largest is the obvious answer. llama.cpp tries 21 more. Each gives codes, and once the codes are
-# fixed, the best scale and minimum for them are a matter of **least squares**, solving two equations. A sub-block of our layer:
+# A reader has no choice, a writer has: which scale, which minimum? The obvious answer is 15 steps from the smallest weight to the largest. For Q4_K llama.cpp tries 21 more, of 14 to 16 steps. Each gives codes, and once the codes are fixed, the best scale and minimum for them are a matter of **least squares**, solving two equations. A sub-block of our layer (`low` is at most 0, because a minimum is only ever subtracted):
 
 # %%
 x = up[0, 64:96].astype(float)  # a sub-block
@@ -351,11 +344,9 @@ print(
 assert best < 0.9 * obvious
 
 # %% [markdown]
-# The blue curve is made of steps: it changes where a code does. No formula finds its lowest point, so trying is the method. Of the real thing one detail is missing
-# here: when an attempt is better, its minimum replaces `low`, and the *next* attempts measure from there. Leave that out, and your
-# bytes are not llama.cpp's.
+# The blue curve is made of steps: it changes where a code does. No formula finds its lowest point, so trying is the method. Of the real thing three details are missing here: a fitted minimum above zero becomes 0; when an attempt is better, its minimum replaces `low`, and the *next* attempts measure from there; and once scale and minimum are rounded to six bits, the codes are found anew. Leave one out, and your bytes are not llama.cpp's.
 #
-# What does the search gain in the whole layer, and what does it cost? The package takes other search functions; one that tries nothing:
+# What does the search gain in the whole layer, and what does it cost? The package takes other search functions. This one passes −1 as the number of the last attempt, counted from 0, so that there are none:
 
 
 # %%
@@ -438,7 +429,7 @@ for _ in range(tensor_count):
     name, dimensions = take("s"), take("I")
     shape = [take("Q") for _ in range(dimensions)]  # the length of a row comes first
     tensors[name] = shape[::-1], BY_ID[take("I")], take("Q")  # shape, type, offset
-data_start = -(-at // 32) * 32  # the next multiple of 32
+data_start = -(-at // 32) * 32  # tensors begin at multiples of 32
 
 # %% tags=["nbval-check-output"]
 for name in list(tensors)[:4]:
@@ -459,8 +450,7 @@ assert type.name == "Q4_K" and np.array_equal(
 course.table(weight=up[0, :8], read=read[:8], decimals=4)
 
 # %% [markdown]
-# It is the row of `up_proj` that we took apart. (Rows of q and k are stored in another order than in transformers, which pairs other
-# channels when it rotates them.) The start of the file in the hex view, which works on files too:
+# It is the row of `up_proj` that we took apart. (Rows of q and k are stored in another order, because llama.cpp's rotary position embedding pairs other channels than transformers' does.) The start of the file in the hex view, which works on files too:
 
 # %%
 course.widgets.hex_view(path)
@@ -484,8 +474,7 @@ course.reveal("gguf-bits", bits, unit="bits")
 # %% [markdown]
 # ## Why mixes
 #
-# Five, not four, and not 4.5, what a Q4_K block costs. Q4_K_M is no type of block but a **recipe**: it says which tensor gets which type.
-# This one's, layer by layer:
+# Five, not four, and not 4.5, what a Q4_K block costs. Q4_K_M is no type of block but a **recipe**: it says which tensor gets which type. The M is for medium; S and L spend less and more. This one's, layer by layer:
 
 # %% tags=["nbval-check-output"]
 by_kind = defaultdict(list)
@@ -498,7 +487,7 @@ for kind, types in by_kind.items():
 print(f"{'token_embd':12}", f"{tensors['token_embd.weight'][1].name:>5}", "  (it is the head, too)")
 
 # %% [markdown]
-# `attn_v` and `ffn_down` get Q6_K in half of the layers, the head everywhere. Why those? The authors found it by trying. Let us try too:
+# `attn_v` and `ffn_down`, our `v_proj` and `down_proj`, get Q6_K in half of the layers: the first and the last eighth, and every third between. The head gets it too. Why those matrices? The authors found it by trying. Let us try too:
 # everything in Q3_K, then one kind of matrix at a time in Q6_K. By how much does the divergence from the unquantized model shrink, for
 # each bit that a weight of the model costs more?
 
@@ -532,17 +521,16 @@ for kind in KINDS:
 
 # %%
 assert gain["v_proj"] > 2 * sorted(gain.values())[-2]
-assert gain["down_proj"] > max(gain["gate_proj"], gain["up_proj"]) and gain["down_proj"] < gain["k_proj"]
+assert gain["down_proj"] > max(gain["gate_proj"], gain["up_proj"]) and gain["down_proj"] < min(gain["k_proj"], gain["o_proj"])
 
 # %% [markdown]
 # The values are worth far more than all others, and they are small: two heads share each. `down_proj` is worth more than its two
-# neighbours, as the recipe has it, but not as much as `k_proj`, which the recipe leaves alone. It was found on other models; a recipe
+# neighbours, as the recipe has it, but not as much as `k_proj` and `o_proj`, which the recipe leaves alone. It was found on other models; a recipe
 # found by trying has to be tried again. (`write_gguf(..., types={"blk.*.attn_k.weight": "Q6_K"})` is how.)
 #
 # ## The schemes
 #
-# Seven recipes, each written as a file, read back and measured. Bits per weight are those of the whole file, seconds those of
-# writing it.
+# Seven recipes, each written as a file, read back and measured. Bits per weight are those of all tensors, without the metadata; MB is the whole file, and seconds are those of writing it.
 
 # %%
 reference = evaluate.Reference(model, tokenizer, tokens=4096)
@@ -586,21 +574,19 @@ print(
     f"Q4_0 to Q4_K_M: {rows['Q4_K_M'].bits_per_weight - rows['Q4_0'].bits_per_weight:.2f} more bits, {kld['Q4_K_M'] / kld['Q4_0']:.0%} of the divergence"
 )
 print(
-    f"Q2_K: {rows['Q2_K'].bits_per_weight:.2f} bits for each weight of the file, {layer_bits['Q2_K']:.2f} in the layers"
+    f"Q2_K: {TENSOR_TYPES['Q2_K'].bits_per_weight} bits in one of its blocks, {layer_bits['Q2_K']:.2f} in the layers,",
+    f"{rows['Q2_K'].bits_per_weight:.2f} in all tensors",
 )
 assert 3.4 < rows["Q2_K"].bits_per_weight < 3.5 and 2.9 < layer_bits["Q2_K"] < 3
 assert rows["Q5_K_M"].perplexity < 1.01 * rows["unquantized"].perplexity
 assert kld["Q2_K"] > 10 * kld["Q4_K_M"] and kld["Q4_K_M"] < 0.7 * kld["Q4_0"]
 
 # %% [markdown]
-# Down to Q5_K_M perplexity rises by less than a percent. For a quarter of a bit more than Q4_0, Q4_K_M has about half the divergence. And
-# Q2_K is no 2-bit file: it has nearly three and a half, as its recipe gives some tensors Q3_K, and the head of a small model weighs much.
+# Down to Q5_K_M perplexity rises by less than a percent. For a quarter of a bit more than Q4_0, Q4_K_M has about half the divergence. And Q2_K is no 2-bit file: its blocks cost more than 2.6 bits, its recipe gives some tensors Q3_K, and the head of a small model, in Q6_K, weighs much.
 #
 # ## The importance matrix
 #
-# So far an error counted by the size of its weight alone. Lesson 06 knows better: it counts by the inputs it meets. GPTQ used the whole
-# Hessian; GGUF takes its diagonal, the mean square of each input channel, and calls it **imatrix**. The search weighs its errors with it. We
-# collect it from the calibration text, not the text we measure on:
+# So far an error counted by the size of its weight alone. Lesson 06 knows better: it counts by the inputs it meets. GPTQ used the whole Hessian; GGUF takes half its diagonal, the mean square of each input channel, called **imatrix**, as a factor in the weight of each error. We collect it from the calibration text:
 
 # %%
 importance = export.imatrix(model, tokenizer, tokens=4096)
@@ -633,14 +619,12 @@ for scheme in ("Q4_K_M", "Q3_K_M", "Q2_K"):
     )
 
 # %% [markdown]
-# A fifth to a third of the divergence is gone, and no tensor has grown: only other numbers are in them. A reader does not know of it.
-# But it cannot make more codes than there are, and Q2_K stays far behind.
+# One channel stands out by far, as in lesson 06. A fifth to a third of the divergence is gone, and no tensor has grown: only other numbers are in them. No reader need know. But it cannot make more codes than there are.
 #
 # ## What llama.cpp says
 #
 # All this is worth little if llama.cpp finds another model in the file. The results file compares, on the whole evaluation text: the perplexity
-# that `llama-perplexity` prints for our file, ours for the model read back from it (both count the second half of each 512 tokens only, so figures are
-# higher than above), and whether `llama-quantize` makes the same bytes.
+# that `llama-perplexity` prints for our file, ours for the model read back from it (both count the second half of each 512 tokens only, and the whole text is harder than its first 4,096 tokens), and whether `llama-quantize` makes the same bytes.
 
 # %%
 record = results.read("gguf_files")
@@ -662,14 +646,12 @@ print(f"{len(compared)} files, each with the bytes of llama-quantize;")
 print(f"llama.cpp's perplexity is higher by at most {highest - 1:.2%}")
 
 # %% [markdown]
-# The bytes are the same, every one. Of the unquantized model both find the same perplexity. Of a quantized one llama.cpp's is a little
-# higher, for it rounds the inputs of a quantized matrix as well, to 8 bits, to multiply integers.
+# The bytes are the same, every one. Of the unquantized model both find the same perplexity. Of a quantized one llama.cpp's is a little higher, for it rounds the inputs to 8 bits as well.
 #
 # ## More than fits: offloading
 #
 # To write a token, a model reads each of its weights once. So the time for a token is bytes / bandwidth. What does not fit on the GPU stays
-# in main memory. Measured, on a model of the shape of Llama-3.1-8B in 16 bits, the library accelerate copying what is missing to the GPU
-# for each token anew:
+# in main memory. Measured, on a model of the shape of Llama-3.1-8B in 16 bits: accelerate copies what is missing for each token anew, over the **bus** between the two memories. Predicted is the sum of two times, the bytes on the GPU by its bandwidth, those left by the bus's.
 
 # %%
 record = results.read("offload_h200")
@@ -769,7 +751,7 @@ picture
 # tensors counted:
 
 # %% tags=["nbval-check-output"]
-plan = memory.plan(model, vram=20e6, ram=1e9, reserve=0)
+plan = memory.plan(model, vram=20e6, ram=1e9, reserve=0)  # reserve: bytes kept free for intermediate results
 print(
     f"ours, in float32 with 20 MB of GPU memory: n_gpu_layers {plan.n_gpu_layers} of 9, {plan.gpu_bytes / 1e6:.1f} MB there"
 )
@@ -777,7 +759,7 @@ print(
 # %% [markdown]
 # ## The board
 #
-# The other lessons' points count the bits of the layers alone, as they leave the embedding as it is. So do these:
+# The other lessons leave the embedding as it is, and their points count the bits of the layers alone. So do these, to be comparable, though here the embedding is quantized as well, and its small error is in the loss:
 
 # %%
 course.board.add("unquantized", 16, math.log(rows["unquantized"].perplexity))

@@ -55,7 +55,7 @@ assert torch.isclose(beta, torch.tensor(0.5)) and V.tolist() == [[1, 0, 1, -1], 
 course.table(original=W, trits=V, reconstructed=beta * V)
 
 # %% [markdown]
-# A number of three values is called a **trit**. 1.6 became 0.5, which is far off, and nobody minds. What would absmax have done, the
+# A number of three values is called a **trit**. 1.6 became 0.5, which is far off; a training that sees it can make up for it. What would absmax have done, the
 # rule of lesson 02, with the one positive code that there is? Its scale is the largest magnitude, 1.6:
 
 # %% tags=["nbval-check-output"]
@@ -93,7 +93,7 @@ print("trits", V.flatten()[:5].int().tolist(), "  digits", digits, "  byte", byt
 print(f"log2 3 = {math.log2(3):.4f}, five in a byte: {8 / 5} bits")
 
 # %% [markdown]
-# llama.cpp has two formats for trits, with a scale for every 256 weights that they share:
+# llama.cpp has two formats for trits, in blocks of 256 weights with a scale each; for BitNet all scales of a matrix are β:
 
 # %% tags=["nbval-check-output"]
 for name in ("TQ1_0", "TQ2_0"):
@@ -102,7 +102,7 @@ for name in ("TQ1_0", "TQ2_0"):
 
 # %% [markdown]
 # The first packs five to a byte (most of them; 256 is no multiple of five), the second takes two bits for each, which are unpacked faster.
-# The trained model ships as TQ1_0. Load it, and look at its trits:
+# The trained model ships as TQ1_0; once loaded, β is kept once, so our tables say 1.6 bits. Load it, and look at its trits:
 
 # %%
 ternary_model, _ = qlearn.export.read_gguf(bitnet.checkpoint("b158"))
@@ -145,8 +145,7 @@ assert np.array_equal(in_numpy(X, V), by_adding(X, V))
 
 # %% [markdown]
 # A processor multiplies as fast as it adds, so leaving out the multiplication does not make this fast. What does is that few different things
-# can happen. Five inputs meet one of 243 patterns, a byte, and 256 rows ask 256 times. So make a table of all 243 sums, and then *look up*: one
-# addition for five weights, and the byte is the index.
+# can happen. Five inputs meet one of 243 patterns, a byte, and 256 rows ask 256 times. So make a table of all 243 sums, each by one addition to an earlier one, and then *look up*: one more for five weights, with the byte as the index. For 256 rows the table costs as much as the look-ups; for 4,096, little.
 
 # %%
 @numba.njit
@@ -182,8 +181,7 @@ for name, function in found.items():
     print(f"{name:8} {1e6 * np.median(times):9.0f} µs")
 
 # %% [markdown]
-# All five are equal, to the last integer. `package` is the same idea with more care for memory. What is it worth against a float32
-# product of torch? Measured once, with weights that no cache holds:
+# All five are equal, to the last integer. `package` is the same idea with more care for memory, which so small a matrix does not need. What is it worth against a float32 product of torch? Measured once, with weights that must come from main memory each time:
 
 # %%
 speed = results.read("ternary_cpu")
@@ -202,15 +200,15 @@ print(f"a {32 / 1.6:.0f}th of the bytes, {min(ratios):.1f} to {max(ratios):.1f} 
 for row in speed["models"]:
     float32, packed = (1e3 * row["seconds"][name] for name in ("float32", "packed"))
     if row["threads"] == 1:
-        print(f"a whole model of our size, {row['tokens']:2} tokens behind {row['behind']:2}:", end=" ")
+        print(f"a whole model of our size, {row['tokens']:2} tokens, {row['behind']:2} in the cache:", end=" ")
         print(f"float32 {float32:.1f} ms, packed {packed:.1f} ms, ratio {float32 / packed:.2f}")
 assert all(row["seconds"]["packed"] > row["seconds"]["float32"] for row in speed["models"])
 
 # %% [markdown]
 # A ratio above 1 means faster than float32. Two things make it: far fewer bytes come from memory, and one look-up does the work of five
-# products. It is one processor and one library, so take the order of magnitude from it. And a whole model of our size is *slower*: its
-# matrices are small, and rounding the inputs and scaling the outputs, in Python, costs more than the products save. It is the large matrices
-# that gain.
+# products. It is one processor and one library, so take the order of magnitude from it. The table has the products alone, and there all sizes
+# gain. Yet a whole model of our size is a little *slower*: with such small matrices, what lies around each product (rounding the inputs,
+# scaling the outputs, the call from Python) costs more than it saves.
 #
 # ## Parity
 #
@@ -237,8 +235,7 @@ print("by hand, qlearn and transformers: the same outputs; the integers of x bit
 # %% [markdown]
 # ## Drag it
 #
-# absmean sets two things with one number: all below β/2 becomes 0, and all others come back as β. Drag the threshold (it is in percent of the
-# mean magnitude, so absmean sits at 50), and let the value be the scale, or the best one for the trits that there are.
+# absmean sets two things with one number: all below β/2 becomes 0, and all others come back as β. Drag the threshold (in percent of the mean magnitude, so absmean sits at 50), and choose what the others come back as: the scale, which is twice the threshold, or the mean of what is not 0, the best there is. The error is squared, in percent of the mean square.
 #
 # Before you drag: is absmean the choice with the smallest error? And what is left of 16,384 normal random numbers at 250, where absmax is?
 
@@ -256,14 +253,13 @@ print(explorer.summary)
 assert explorer.least("the scale: twice the threshold")[0] == 75
 
 # %% [markdown]
-# **What you should have seen.** absmean is *not* the least error: a scale half as large again would be better. But the weights are not
-# given, they will be trained under this rule. At absmax one weight in twenty is left. A threshold of 0 with the mean magnitude is one bit,
+# **What you should have seen.** absmean is *not* the least error: a scale half as large again would be better. But the weights will be trained under this rule. At absmax one weight in twenty is left. A threshold of 0 with the mean magnitude is one bit,
 # of which more below.
 #
 # ## It learns in front of you
 #
-# A small model guesses the next character of our calibration text from the eight before. Its two layers are either plain or BitLinear.
-# Backward both roundings are passed **straight through**, as in lesson 05:
+# A small model guesses the next character of our calibration text from the eight before. Its two hidden layers are either plain or BitLinear; the last is always plain.
+# Backward both roundings are passed **straight through**, as in lesson 05, but without its clip mask: a weight beyond 1.5 β gets its gradient too. β and γ count as constants:
 
 # %%
 course.source_of(BitLinear.forward)
@@ -300,7 +296,7 @@ def train(net, steps=300, rate=0.005):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        weight = net[6].weight.detach()
+        weight = net[6].weight.detach()  # the second hidden layer
         seen.append((loss.item(), weight.flatten()[:400] / weight.abs().mean()))
     return [loss for loss, _ in seen], torch.stack([weights for _, weights in seen])
 
@@ -347,8 +343,7 @@ print(f"of 400 trits {others:.0%} end as another one; in a step {early:.2%} jump
 assert early > 3 * late and others > 0.1
 
 # %% [markdown]
-# The lines between the dotted thresholds count as 0. A step of the optimizer changes the layer only if some line crosses one. That is why BitNet
-# takes a higher learning rate than a plain model: small steps do nothing.
+# The lines between the dotted thresholds count as 0. A step of the optimizer changes V only if some line, a **latent** weight of lesson 05, crosses one; otherwise only β moves a little. Small steps do add up, but many are needed. That is why BitNet is given a higher learning rate than a plain model (here both had the same).
 #
 # ## Rounded afterwards, or trained
 #
@@ -371,7 +366,7 @@ print(prompt + qlearn.generate(ternary_model, tokenizer, prompt, max_new_tokens=
 assert trained_row.perplexity < 1.3 * reference.perplexity
 
 # %% [markdown]
-# That is no sum, but it is Python (the bundled model does not do sums either). On the whole evaluation text, from the results file:
+# That is no sum, but it is Python. Above, the bundled model was rounded; in the results file, on the whole evaluation text, it is the twin:
 
 # %%
 print(f"{record['date']} · {record['command']}")
@@ -387,7 +382,7 @@ assert all(rows[name]["perplexity"] > 100 for name in rounded)
 
 # %% [markdown]
 # `b158` is the ternary model, `2e-2` its learning rate; `b1` comes below. **Parses** is the share of generated functions that Python accepts.
-# Ternary costs the twin about a tenth more perplexity, and rounding costs everything. The network has to be one that works with three values.
+# On this text ternary has about a tenth more perplexity than the twin, and rounding costs everything. The network has to be one that works with three values.
 #
 # ## Why 8 bits for the inputs, and why one more norm
 #
@@ -425,13 +420,11 @@ for name, x in seen.items():
     assert error(x, 8) < 5 < 10 < error(x, 4)
 
 # %% [markdown]
-# The norm hardly makes the numbers of a token more alike, and their size means nothing to the rounding, since each token has its own scale.
-# What the paper wants is a known spread of the *output*, a sum of many products, from inputs of a known size. (We trained none without.)
-# The last columns say why inputs have 8 bits: at 4, more than a tenth of their size is error.
+# The norm hardly makes the numbers of a token more alike, and size means nothing to a rounding with a scale for each token. What the paper wants is a known spread of the *output* from inputs of a known size. A norm gives that when training begins; then it learns a factor for each channel, and sizes vary again. (We trained none without.) The last columns say why 8 bits: at 4, more than a tenth is error.
 #
 # ## How it was trained
 #
-# Three runs of the same network on an H200, with the same tokens in the same order:
+# Eight runs of the same network on an H200, with the same tokens in the same order; three are drawn. Held out are modules that none has seen. *linear*: the learning rate falls on a straight line.
 
 # %%
 training = results.read("bitnet_training")
@@ -450,18 +443,19 @@ picture
 # %%
 tokens = f"{training['steps']} steps, {training['tokens_seen'] / 1e9:.2f} billion tokens each"
 print(f"{training['gpu']}, {training['date']}, {tokens}")
-print("run                 schedule    peak rate   held-out perplexity   minutes")
+print("run                 schedule    peak rate   perplexity held out   on the evaluation text   minutes")
 for name, run in sorted(runs.items(), key=lambda item: item[1]["held_out"]["perplexity"]):
-    held = f"{run['held_out']['perplexity']:18.2f} {run['seconds'] / 60:12.1f}"
+    text = f"{rows[name]['perplexity']:22.2f}"
+    held = f"{run['held_out']['perplexity']:18.2f} {text} {run['seconds'] / 60:12.1f}"
     print(f"{name:19} {run['schedule']:10} {run['learning_rate']:10} {held}")
 of = {name: run["held_out"]["perplexity"] for name, run in runs.items()}
 assert of["b158_linear"] > of["b158_linear_6e-3"] and of["b158"] > of["b158_1e-2"] > of["b158_2e-2"]
 assert of["b158"] > of["b158_linear_6e-3"]
+assert abs(rows["b158"]["perplexity"] - rows["b158_linear_6e-3"]["perplexity"]) < 0.02
 
 # %% [markdown]
 # BitNet's authors advise a much higher learning rate than for floats, and **two stages**: in the second the rate drops, and weight decay, which
-# pulls each weight towards 0, ends. The first advice holds here: with either schedule the higher peak won. The second does not: at 0.006, the one
-# rate that both schedules had, two stages were the worse. Each is one run, and the twin had its usual rate only.
+# pulls each weight towards 0, ends. The first advice holds here: with either schedule the higher peak won. The second does not: at 0.006, the one rate that both schedules had, two stages were a little worse here, and level on the evaluation text. Each is one run, and the twin had its usual rate only.
 #
 # ## The first BitNet: one bit
 #
@@ -475,13 +469,13 @@ assert rows["b1_1e-2"]["perplexity"] > rows["b158_2e-2"]["perplexity"] + 1 and r
 course.table(original=W, signs=signs, reconstructed=beta * signs)
 
 # %% [markdown]
-# The 0.1 and the 0 of the second row count as much as −0.7 does: with two values there is no way to say *this input does not matter*. That is what the third
+# The mean is 0.15, so 0.1 counts as negative. It and the 0 in its row count as much as −0.7 does: with two values there is no way to say *this input does not matter*. That is what the third
 # value bought. In the table above `b1` is the worse by more than a point of perplexity, and takes 0.6 bits less.
 #
 # ## At equal bytes
 #
-# So is it a bargain? Compare what fits into about the same space, everything counted. (The embedding has 16 bits in all of these figures; in
-# the file that ships it has 8.) Rounding and GPTQ are applied to the twin:
+# So is it a bargain? Compare with models of somewhat more bytes, everything counted. (The embedding has 16 bits in all of these figures; in
+# the file that ships it has 8.) Rounding (zero-point with a clip, lesson 03) and GPTQ, both in groups of 64, are applied to the twin:
 
 # %%
 small = ("b158_2e-2", "b1_1e-2", "2 bits, clipping", "2 bits, GPTQ", "3 bits, GPTQ", "bundled, QAT, 2 bits")
@@ -501,7 +495,7 @@ assert 0.15 < rows["bundled, QAT, 2 bits"]["bytes"] / of["bytes"] - 1 < 0.25
 
 # %% [markdown]
 # GPTQ (lesson 06) takes more bytes, at 2 bits and at 3, and is worse, at 3 bits by little: there BitNet wins. But look at the last row. The bundled model, as floats no
-# better than the twin, and then trained for five minutes under the rounding (lesson 05), comes out slightly ahead, at 2.5 bits for each weight and for
+# better than the twin, and then trained under the rounding for five minutes on an H200 (lesson 05), comes out slightly ahead, at 2.5 bits for each weight and for
 # a fifth more bytes. So neither beats the other. But whoever has a good float model need not begin with nothing.
 #
 # And a float model of as many bytes? With our eight layers it would have to be this narrow:
@@ -582,7 +576,7 @@ print("by the largest magnitude: the same weights, bit for bit")
 #
 # - Round a matrix to trits by absmean, and say why not by absmax, and why the least error is not the point.
 # - Pack five trits into a byte, and multiply by them with a table and additions.
-# - Write BitLinear forward and backward, with its three scales in the right places.
+# - Write BitLinear forward and backward, with its two scales in the right places.
 # - Say what BitNet wins and what it does not: against rounding, against QAT, at equal bytes.
 # - Tell a wrong scale from a wrong code by the errors' histogram.
 #

@@ -56,9 +56,8 @@ class PackedBitLinear(QuantLinear):
     @torch.no_grad()
     def forward(self, x):
         """x: floating point (..., in_features).  Returns (..., out_features) in the dtype of x."""
-        rows = x.reshape(-1, self.in_features).float()
-        codes, scale = quantize_tokens(rows)
-        y = self._product(codes).float() * (self.scales.float().squeeze() / scale)
+        rows = x.detach().reshape(-1, self.in_features).float()
+        y = self._on_cpu(rows) if rows.device.type == "cpu" else self._with_int8(rows)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -67,14 +66,17 @@ class PackedBitLinear(QuantLinear):
         codes = self.quantized.codes()
         return (2 * codes.to(torch.int8) - 1) if self.quantized.format is SIGN else codes
 
-    def _product(self, codes):
-        """X V^T: int32 (tokens, out_features)."""
-        if codes.device.type != "cpu":
-            return int8_matmul(codes, self.weight_codes())
-        from qlearn.kernels.cpu.ternary import ternary_matmul  # Numba takes a moment to import
+    def _on_cpu(self, x):
+        """All in one: float32 (tokens, out_features)."""
+        from qlearn.kernels.cpu.ternary import bit_linear  # Numba takes a moment to import
 
-        threads = torch.get_num_threads() if codes.numel() * self.out_features >= WORTH_THREADS else 1
-        return torch.from_numpy(ternary_matmul(codes.numpy(), self._tiled(), threads=threads))
+        threads = torch.get_num_threads() if x.numel() * self.out_features >= WORTH_THREADS else 1
+        return torch.from_numpy(bit_linear(x.numpy(), self._tiled(), self.scales.item(), threads=threads))
+
+    def _with_int8(self, x):
+        """The same, step by step."""
+        codes, scale = quantize_tokens(x)
+        return int8_matmul(codes, self.weight_codes()).float() * (self.scales.float().squeeze() / scale)
 
     def _tiled(self):
         """The trits as the kernel reads them; made at the first pass, and again when other weights were loaded."""

@@ -36,7 +36,7 @@ def pack_q4_0(weights):
     weights: float32 array (32,).
     Returns uint8 array (18,).
 
-    The first bytes for [-2.0, 0.25, 0, 0, ...] are 0, 52 (0.25 as float16), 128, 137, 136, 136 ...
+    The first bytes for [-2.0, 0.25, 0, 0, ...] are 0, 52 (together 0.25 as float16), 128, 137, 136, 136 ...
     """
     ### BEGIN SOLUTION
     d = weights[np.abs(weights).argmax()] / np.float32(-8)
@@ -96,7 +96,7 @@ def decode_q4_k(block):
     """The weights in a Q4_K block.
 
     block: uint8 array (144,).
-    Returns float32 array (256,). Call your `six_bits`.
+    Returns float32 array (256,), computed in float32. Call your `six_bits`.
     """
     ### BEGIN SOLUTION
     d, dmin = block[:4].view(np.float16).astype(np.float32)
@@ -143,7 +143,7 @@ course.check("gguf.header", header)
 #
 # s = Σ w x l / Σ w l l,   with the error   Σ w (x − s l)²,
 #
-# w being the importance. Return the s with the smallest error. A candidate whose codes make Σ w l l zero is passed over; when all are, return 0.0.
+# w being the importance. Return the s with the smallest error, the first one if several are equally good (there is no minimum here). A candidate whose codes make Σ w l l zero is passed over; when all are, return 0.0.
 
 
 # %% qlearn={"answer": "gguf.fit_scale"}
@@ -222,7 +222,7 @@ np.testing.assert_allclose(decoded, gguf.quants.dequantize(blocks, gguf.GGMLQuan
 assert error < 0.1
 
 # %% [markdown]
-# Your search, on the weights of a block at 4 bits: what does it gain over the obvious scale, the largest weight divided by −8?
+# Your search, on 500 blocks of 32 weights at 4 bits: what does it gain over the obvious scale, the largest weight divided by −8?
 
 # %% qlearn={"show": true}
 gained = []

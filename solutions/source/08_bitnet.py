@@ -92,7 +92,7 @@ def bitlinear(x, weight):
 course.check("bitnet.bitlinear", bitlinear)
 
 # %% [markdown] qlearn={"card": "bitnet.gradients"}
-# Backward, by hand and without autograd. Both roundings are passed straight through, and scales count as constants. So it is the backward
+# Backward, by hand and without autograd. Both roundings are passed straight through, also where V was cut off, and scales count as constants. So it is the backward
 # pass of a plain layer y = x Wᵀ that was given what the rounded numbers stand for.
 
 
@@ -195,8 +195,7 @@ axes[1].set(xlabel="step", ylabel="trits found (%)", ylim=(0, 103))
 picture
 
 # %% [markdown]
-# Then it is written down: five trits in a byte, and the float weights are let go. The package's layer reads your bytes, and your `matvec`
-# agrees with it.
+# Then it is written down: five trits in a byte, and the float weights are let go. The package packs the same bytes, and its layer agrees with your `matvec`.
 
 # %% qlearn={"show": true}
 V, beta = absmean(weight)

@@ -62,7 +62,8 @@ def test_the_record_covers_what_is_measured():
 
 @pytest.mark.parametrize("tokens", bench.TOKENS)
 def test_large_layers_gain(tokens):
-    """The committed figures show what the kernel is for: at the size of Llama's layers, twice the speed of floats."""
+    """The committed figures show what the kernel is for: at the size of Llama's layers, twice the speed of floats, with
+    one thread; with two, tables are built twice, and the figures vary with what else runs."""
     for row in read("ternary_cpu")["rows"]:
-        if row["in"] == 4096 and row["tokens"] == tokens:
+        if row["threads"] == 1 and row["in"] == 4096 and row["tokens"] == tokens:
             assert row["seconds"]["float32"] > 2 * row["seconds"]["1.6 bits"], row

@@ -5,7 +5,7 @@ import pytest
 
 from qlearn.formats.integers import TRIT
 from qlearn.kernels.cpu import ternary
-from qlearn.kernels.cpu.ternary import LANES, MAX_IN_FEATURES, TILE, by_adding, pack_tiles, ternary_matmul
+from qlearn.kernels.cpu.ternary import LANES, MAX_IN_FEATURES, TILE, bit_linear, by_adding, pack_tiles, ternary_matmul
 
 TOKENS = [0, 1, 2, 8, 9, 16, 17, 33, 64, 65, 130]
 SHAPES = [
@@ -93,6 +93,46 @@ def test_arrays_that_are_not_contiguous(per_byte):
     assert np.array_equal(ternary_matmul(np.asfortranarray(x)[::-1], tiles, per_byte), product(x[::-1], trits[::2]))
 
 
+def in_numpy(x, trits, beta):
+    """The layer, step by step."""
+    scale = np.float32(127) * (1 / np.maximum(np.abs(x).max(-1, keepdims=True, initial=0), np.float32(1e-5)))
+    codes = np.rint(x * scale)
+    return product(codes, trits).astype(np.float32) * (np.float32(beta) / scale)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("columns", [1, 81, 768])
+def test_the_whole_layer(tokens, columns, per_byte):
+    _, trits = random(0, 7, columns)
+    x = (np.random.default_rng(2).standard_normal((tokens, columns)) ** 3).astype(np.float32)
+    for token, size in enumerate([0, 1e-30, 1e-6, 1e30][:tokens]):
+        x[token] *= np.float32(size)
+    y = bit_linear(x, pack_tiles(trits, per_byte), 0.37, per_byte)
+    assert y.dtype == np.float32 and np.array_equal(y, in_numpy(x, trits, 0.37))
+
+
+def test_ties_go_to_the_even_number(per_byte):
+    x = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5]], np.float32)
+    y = bit_linear(x, pack_tiles(np.eye(7), per_byte), 1.0, per_byte)
+    assert y.tolist() == [[127, 0, 2, 2, 0, -2, 126]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("token", [0, 3])
+def test_a_token_that_is_no_number_leaves_the_others_alone(bad, token):
+    x = np.random.default_rng(3).standard_normal((5, 20)).astype(np.float32)
+    expected = bit_linear(x, pack_tiles(np.ones((3, 20))), 1.0)
+    x[token, 7] = bad
+    y = bit_linear(x, pack_tiles(np.ones((3, 20))), 1.0)
+    assert np.isnan(y[token]).all()
+    assert np.array_equal(np.delete(y, token, 0), np.delete(expected, token, 0))
+
+
+def test_the_layer_takes_float32_alone():
+    with pytest.raises(ValueError, match=r"inputs are float64 \(2, 8\); give a matrix \(tokens, in\) of float32"):
+        bit_linear(np.zeros((2, 8)), pack_tiles(np.zeros((3, 8))), 1.0)
+
+
 def test_the_bytes_are_those_of_the_format():
     _, trits = random(0, 3, 5 * TILE * 2)
     tiles = pack_tiles(trits)
@@ -110,7 +150,12 @@ def test_inputs_that_could_overflow_are_refused():
 @pytest.mark.parametrize(
     ("x", "tiles", "per_byte", "message"),
     [
-        (np.zeros((2, 8)), pack_tiles(np.zeros((3, 8))), 5, r"inputs are float64 \(2, 8\); give an int8 matrix"),
+        (
+            np.zeros((2, 8)),
+            pack_tiles(np.zeros((3, 8))),
+            5,
+            r"inputs are float64 \(2, 8\); give a matrix \(tokens, in\) of int8",
+        ),
         (np.zeros(8, np.int8), pack_tiles(np.zeros((3, 8))), 5, r"inputs are int8 \(8,\)"),
         (np.zeros((2, 81), np.int8), pack_tiles(np.zeros((3, 80))), 5, r"81 inputs need uint8 \(2, out, 16\)"),
         (np.zeros((2, 8), np.int8), np.zeros((1, 3, 16), np.int8), 5, "tiles are int8"),

@@ -41,7 +41,8 @@ TILE = 16  # bytes of a row, and tables that are there at once: 8 kB for one tok
 TILES_AT_ONCE = 3  # 48 sums of at most 640 fit in 16 bits, and so do 48 of at most 512
 CODES = 256  # places in a table
 INT64 = ir.IntType(64)
-compiled = njit(cache=True, nogil=True)
+ONE, EPSILON, QMAX = np.float32(1), np.float32(1e-5), np.float32(127)
+compiled = njit(cache=True, nogil=True, error_model="numpy")  # as in C, dividing by zero gives infinity
 
 
 def by_adding(x_codes, trits):
@@ -102,31 +103,62 @@ def ternary_matmul(x_codes, tiles, per_byte=5, threads=1):
     [[-2, 4], [126, 0]]
     """
     x_codes, tiles = np.asarray(x_codes), np.ascontiguousarray(tiles)
-    _check(x_codes, tiles, per_byte)
+    _check(x_codes, np.int8, tiles, per_byte)
     y = np.empty((len(x_codes), tiles.shape[1]), np.int32)
-    start = 0
-    while start < len(y):
-        lanes = next((lanes for lanes in LANES if lanes >= len(y) - start), max(LANES))
-        y[start : start + lanes] = _side_by_side(x_codes[start : start + lanes], tiles, per_byte, lanes, threads).T
-        start += lanes
+    for tokens, lanes in _turns(len(x_codes)):
+        x = _places(tiles, per_byte, lanes)
+        x[: x_codes.shape[1], : len(x_codes[tokens])] = x_codes[tokens].T
+        y[tokens] = _sums(x, tiles, x_codes.shape[1], per_byte, threads)[:, : len(y[tokens])].T
     return y
 
 
-def _side_by_side(x_codes, tiles, per_byte, lanes, threads):
-    """The product for at most so many tokens as there are lanes: int32 (out, tokens)."""
-    count, columns = x_codes.shape
-    x = np.zeros((len(tiles) * TILE * per_byte, lanes), np.int16)
-    x[:columns, :count] = x_codes.T
+def bit_linear(x, tiles, beta, per_byte=5, threads=1):
+    """A whole layer of BitNet: each token is rounded by its largest magnitude, multiplied, and scaled back.
+
+    x: float32 (tokens, in).  beta: the scale of the weight.  The others as for `ternary_matmul`.
+    Returns float32 (tokens, out): (X V^T) * (beta / s) with s = 127 / max(max|x|, 1e-5) and X = round(x * s). A token
+    with NaN or infinity gives NaN.
+    Raises ValueError as `ternary_matmul` does.
+
+    >>> bit_linear(np.array([[127, 1, 2, 3.4]], dtype=np.float32), pack_tiles([[1, 0, 0, -1]]), 0.5).tolist()
+    [[62.0]]
+    """
+    x, tiles, beta = np.ascontiguousarray(x), np.ascontiguousarray(tiles), np.float32(beta)
+    _check(x, np.float32, tiles, per_byte)
+    y = np.empty((len(x), tiles.shape[1]), np.float32)
+    for tokens, lanes in _turns(len(x)):
+        codes, scales = _places(tiles, per_byte, lanes), np.empty(len(x[tokens]), np.float32)
+        _round_tokens(x[tokens], codes, scales)
+        _scale_back(_sums(codes, tiles, x.shape[1], per_byte, threads), scales, beta, y[tokens])
+    return y
+
+
+def _turns(count):
+    """Yield (slice of the tokens, lanes): as many tokens at a time as fit side by side."""
+    start = 0
+    while start < count:
+        lanes = next((lanes for lanes in LANES if lanes >= count - start), max(LANES))
+        yield slice(start, start + lanes), lanes
+        start += lanes
+
+
+def _places(tiles, per_byte, lanes):
+    """Room for the inputs of so many tokens, side by side: int16 (inputs, lanes), zeros past the last input."""
+    return np.zeros((len(tiles) * TILE * per_byte, lanes), np.int16)
+
+
+def _sums(x, tiles, columns, per_byte, threads):
+    """V X.  x: int16 (inputs, lanes).  Returns int32 (out, lanes)."""
     groups, out = -(-columns // per_byte), tiles.shape[1]
-    y = np.zeros((out, lanes), np.int32)
-    product = _product_for(lanes)
+    y = np.zeros((out, x.shape[1]), np.int32)
+    product = _product_for(x.shape[1])
     if threads == 1:
         product(x, tiles, groups, per_byte, y, 0, out)
     else:
         share = -(-out // threads) or 1
         spans = [(start, min(out, start + share)) for start in range(0, out, share)]
         list(_pool(threads).map(lambda span: product(x, tiles, groups, per_byte, y, *span), spans))
-    return y[:, :count]
+    return y
 
 
 @functools.cache
@@ -179,6 +211,34 @@ def _fill_table(tables, at, x, i, per_byte, lanes):
         _add_to_each(tables, at + size, at, size, x, i + k, lanes)
         _add_to_each(tables, at + 2 * size, at + size, size, x, i + k, lanes)
         size *= 3 if per_byte == 5 else 4
+
+
+@compiled
+def _round_tokens(x, codes, scales):
+    """codes[i, t] = round(x[t, i] * scales[t]) with scales[t] = 127 / max|x[t]|, as the layer is trained with."""
+    bits = x.view(np.int32)
+    for t in range(x.shape[0]):
+        largest = np.int32(0)
+        for i in range(x.shape[1]):
+            largest = max(
+                largest, bits[t, i] & np.int32(0x7FFFFFFF)
+            )  # without the sign, floats are in order of their bits
+        gamma = np.int32(largest).view(np.float32)  # and NaN is above all others
+        scales[t] = QMAX * (ONE / max(gamma, EPSILON))  # as torch divides a number by a tensor: two roundings
+        if gamma < np.inf:
+            for i in range(x.shape[1]):
+                codes[i, t] = np.int16(np.rint(x[t, i] * scales[t]))
+        else:
+            scales[t] = np.nan
+
+
+@compiled
+def _scale_back(sums, scales, beta, y):
+    """y[t, o] = sums[o, t] * (beta / scales[t])."""
+    for t in range(y.shape[0]):
+        factor = beta / scales[t]
+        for o in range(y.shape[1]):
+            y[t, o] = np.float32(sums[o, t]) * factor
 
 
 # The compiler does not put so few neighbours into one register by itself. So these two are written in its own language,
@@ -239,11 +299,11 @@ def _check_per_byte(per_byte):
         raise ValueError(f"per_byte={per_byte} is not how many trits lie in a byte; choose 5 or 4")
 
 
-def _check(x_codes, tiles, per_byte):
+def _check(x, dtype, tiles, per_byte):
     _check_per_byte(per_byte)
-    if x_codes.dtype != np.int8 or x_codes.ndim != 2:
-        raise ValueError(f"inputs are {x_codes.dtype} {x_codes.shape}; give an int8 matrix (tokens, in)")
-    columns = x_codes.shape[1]
+    if x.dtype != dtype or x.ndim != 2:
+        raise ValueError(f"inputs are {x.dtype} {x.shape}; give a matrix (tokens, in) of {np.dtype(dtype)}")
+    columns = x.shape[1]
     count = _tiles(columns, per_byte)
     if tiles.dtype != np.uint8 or tiles.ndim != 3 or tiles.shape[::2] != (count, TILE):
         raise ValueError(
