@@ -14,11 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from qlearn.export.tensor_types import TENSOR_TYPES
+
 SDIST = "llama-cpp-python==0.3.36"
-TYPES = {
-    "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
-    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39,
-}  # fmt: skip
 FLAGS = [
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=OFF", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
@@ -58,7 +56,7 @@ class Ggml:
     def quantize(self, x, block_type, imatrix=None):
         """float32 (rows, columns) -> uint8 (rows, bytes of a row)."""
         x = np.ascontiguousarray(x, np.float32)
-        number, (rows, columns) = TYPES[block_type], x.shape
+        number, (rows, columns) = TENSOR_TYPES[block_type].id, x.shape
         row_bytes = self.library.ggml_row_size(ctypes.c_int(number), ctypes.c_int64(columns))
         out = np.zeros((rows, row_bytes), np.uint8)
         imatrix = None if imatrix is None else np.ascontiguousarray(imatrix, np.float32)

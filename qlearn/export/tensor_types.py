@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlearn.formats import floats, gguf_blocks
+from qlearn.formats.gguf_blocks import BLOCK_TYPES
 from qlearn.kernels.cpu import gguf as kernel
 
 
@@ -50,19 +51,22 @@ class TensorType:
         return math.prod(shape) // self.weights * self.nbytes
 
 
+_BLOCK_TYPE_IDS = {
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39,
+}  # fmt: skip
 TENSOR_TYPES = {
     name: TensorType(id, name, weights, nbytes)
     for id, name, weights, nbytes in [
         (0, "F32", 1, 4), (1, "F16", 1, 2), (30, "BF16", 1, 2), (28, "F64", 1, 8),
         (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4), (27, "I64", 1, 8),
-        (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24), (8, "Q8_0", 32, 34),
         (9, "Q8_1", 32, 36), (41, "Q1_0", 128, 18), (42, "Q2_0", 64, 18),
-        (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176),
-        (14, "Q6_K", 256, 210), (15, "Q8_K", 256, 292),
+        (15, "Q8_K", 256, 292),
         (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (22, "IQ2_S", 256, 82), (18, "IQ3_XXS", 256, 98),
         (21, "IQ3_S", 256, 110), (19, "IQ1_S", 256, 50), (29, "IQ1_M", 256, 56), (20, "IQ4_NL", 32, 18),
         (23, "IQ4_XS", 256, 136),
-        (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
+        (40, "NVFP4", 64, 36),
+        *((id, name, BLOCK_TYPES[name].weights, BLOCK_TYPES[name].nbytes) for name, id in _BLOCK_TYPE_IDS.items()),
     ]
 }  # fmt: skip
 BY_ID = {type.id: type for type in TENSOR_TYPES.values()}
@@ -85,12 +89,12 @@ def encode(x, name, imatrix=None):
     broken = int((~np.isfinite(x)).sum())
     if broken:
         raise ValueError(f"{broken} of the numbers are not finite; mend them first")
-    if name in gguf_blocks.BLOCK_TYPES:
+    if name in BLOCK_TYPES:
         return kernel.quantize(x, name, imatrix)
     if name == "F32":
         return np.ascontiguousarray(x, "<f4").view(np.uint8)
     if name not in ("F16", "BF16"):
-        known = ", ".join(["F32", "F16", "BF16", *gguf_blocks.BLOCK_TYPES])
+        known = ", ".join(["F32", "F16", "BF16", *BLOCK_TYPES])
         raise ValueError(f"type {name!r} cannot be written; choose from {known}")
     with np.errstate(over="ignore"):
         codes = x.astype("<f2") if name == "F16" else floats.BF16.encode(x).astype("<u2")
@@ -108,7 +112,7 @@ def decode(data, name):
     >>> decode(encode(np.float32([[1.0, -2.0]]), "BF16"), "BF16").tolist()
     [[1.0, -2.0]]
     """
-    if name in gguf_blocks.BLOCK_TYPES:
+    if name in BLOCK_TYPES:
         return gguf_blocks.dequantize(data, name)
     if name == "BF16":
         return floats.BF16.decode(np.ascontiguousarray(data).view("<u2"))

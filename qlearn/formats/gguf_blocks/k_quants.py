@@ -34,7 +34,7 @@ from qlearn.formats.gguf_blocks.layout import (
     to_float16,
     unstack,
 )
-from qlearn.formats.gguf_blocks.search import TINY, nearest, running_sum
+from qlearn.formats.gguf_blocks.search import TINY, error_weights, nearest, running_sum
 
 WEIGHTS = 256
 _D = Field("d", 2, "the scale of the scales, float16")
@@ -46,16 +46,16 @@ class _KQuant(BlockType):
     """What they all share. n: weights of a sub-block; the largest code and scale are set by the subclass."""
 
     weights = WEIGHTS
+    times = 2  # the mean square of a super-block, in the weights of errors
 
     def __init__(self, name, n, layout):
         self.name, self.n, self.layout = name, n, layout
 
     def error_weights(self, x, importance):
         """float32 (rows, blocks, 256) and (blocks, 256) -> float32 (sub-blocks, n)."""
-        squares = x * x
-        power = running_sum(np.moveaxis(squares, -1, 0))
-        mean = (power if self.name == "Q2_K" else 2 * power) / np.float32(WEIGHTS)
-        return (importance * np.sqrt(mean[..., None] + squares)).reshape(-1, self.n)
+        power = running_sum(np.moveaxis(x * x, -1, 0))
+        mean = self.times * power / np.float32(WEIGHTS)
+        return error_weights(x, importance, mean[..., None]).reshape(-1, self.n)
 
     def per_block(self, numbers):
         """(sub-blocks,) -> (blocks, sub-blocks of a block)."""
@@ -110,6 +110,8 @@ class _WithMin(_KQuant):
 
 class _Q2K(_WithMin):
     """Two bits: codes stacked by four, a scale and a min share a byte."""
+
+    times = 1
 
     def pack(self, fields):
         return self.join(

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qlearn.formats.gguf_blocks.signed_max import check_scales
+
 
 @dataclass(frozen=True)
 class Field:
@@ -119,6 +121,5 @@ def to_float16(d):
     """Round float32 to float16; ValueError when a number is beyond it. A block's scale has no other type."""
     with np.errstate(over="ignore"):
         rounded = np.asarray(d, dtype=np.float32).astype(np.float16)
-    if not np.isfinite(rounded).all():
-        raise ValueError("a scale does not fit float16, whose largest number is 65504; scale the weights down first")
+    check_scales(rounded)
     return rounded

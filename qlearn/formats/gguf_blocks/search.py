@@ -226,6 +226,14 @@ def round_again(x, codes, scale, minimum, low, high):
     return np.where(kept[:, None], codes, fresh.astype(np.uint8))
 
 
+def error_weights(x, importance, mean):
+    """How much an error of each weight matters, given the importance of its column: importance * sqrt(mean + x * x).
+
+    x: float32 (rows, blocks, n).  importance: float32 (blocks, n).  mean: of x * x, of what is near, broadcast to x.
+    """
+    return importance * np.sqrt(mean + x * x)
+
+
 def _largest(x):
     """Of each column of (n, m), the number with the largest magnitude, with its sign; the first among equals."""
     return np.take_along_axis(x, abs(x).argmax(0)[None], 0)[0]

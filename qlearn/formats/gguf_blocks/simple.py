@@ -30,8 +30,8 @@ from qlearn.formats.gguf_blocks.layout import (
     to_float16,
     unstack,
 )
-from qlearn.formats.gguf_blocks.search import running_sum
-from qlearn.formats.gguf_blocks.signed_max import signed_max, signed_max_values
+from qlearn.formats.gguf_blocks.search import error_weights, running_sum
+from qlearn.formats.gguf_blocks.signed_max import signed_max_values
 
 WEIGHTS = 32
 _SCALE = Field("d", 2, "the scale, float16")
@@ -74,8 +74,7 @@ class SignedMax(_Narrow):
         if importance is None:
             codes, d = fit.signed_max(x.reshape(-1, WEIGHTS), self.bits)
             return {"d": to_float16(d)[:, 0], "codes": codes}
-        groups = x.reshape(-1, WEIGHTS)
-        codes, d = fit.fit_scale(groups, error_weights(x, importance), 2 ** (self.bits - 1))
+        codes, d = fit.fit_scale(x.reshape(-1, WEIGHTS), _error_weights(x, importance), 2 ** (self.bits - 1))
         return {"d": to_float16(d), "codes": codes}
 
     def values(self, fields):
@@ -92,7 +91,7 @@ class MinMax(_Narrow):
         if importance is None:
             codes, d, m = fit.min_max(groups, largest_code)
         else:
-            codes, d, below = fit.fit_scale_min(groups, error_weights(x, importance), largest_code, -0.9, 0.05, 36)
+            codes, d, below = fit.fit_scale_min(groups, _error_weights(x, importance), largest_code, -0.9, 0.05, 36)
             m = -below
         return {"d": to_float16(d), "m": to_float16(m), "codes": codes}
 
@@ -127,11 +126,11 @@ Q4_1, Q5_1 = MinMax("Q4_1", 4), MinMax("Q5_1", 5)
 Q8_0 = Absmax8()
 
 
-def error_weights(x, importance):
-    """How much an error of each weight matters: float32 (rows, blocks, n) and (blocks, n) -> (rows * blocks, n)."""
-    squares = x * x
-    mean = running_sum(squares.reshape(len(x), -1).T) / np.float32(x[0].size)
-    return (importance * np.sqrt(mean[:, None, None] + squares)).reshape(-1, x.shape[-1])
+def _error_weights(x, importance):
+    """See `search.error_weights`; the mean is that of a row. Returns float32 (rows * blocks, n)."""
+    rows = x.reshape(len(x), -1)
+    mean = running_sum((rows * rows).T) / np.float32(rows.shape[1])
+    return error_weights(x, importance, mean[:, None, None]).reshape(-1, x.shape[-1])
 
 
 def min_max(x, largest_code):
@@ -172,6 +171,3 @@ def reciprocal(d):
     """1 / d in float32, and 0 where d is 0 or so small that its reciprocal might overflow."""
     usable = abs(d) >= np.finfo(np.float32).tiny
     return np.where(usable, 1 / np.where(usable, d, np.float32(1)), np.float32(0))
-
-
-__all__ = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "absmax_8", "error_weights", "half_away", "min_max", "signed_max"]
