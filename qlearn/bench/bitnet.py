@@ -29,8 +29,7 @@ from qlearn import evaluate
 from qlearn.bench.results import write
 from qlearn.evaluate.provenance import provenance
 from qlearn.export import read_gguf, write_gguf
-from qlearn.models import load_model, pack_bitnet, quantize_model
-from qlearn.models.layers import linear_layers
+from qlearn.models import load_model, quantize_model
 from qlearn.training import bitnet, qat
 
 REFERENCE = "bf16"
@@ -73,7 +72,7 @@ def recipes(folder, device):
         return lambda: quantize_model(run(REFERENCE), method, bits, group_size, **options)
 
     rows |= {
-        ("shipped", "GGUF"): lambda: shipped().to(device),
+        ("shipped", "GGUF"): lambda: read_gguf(bitnet.checkpoint("b158"))[0].to(device),
         ("rounded", "trits, one scale"): of_reference("ternary", 1.6, None),
         ("rounded", "trits, groups of 128"): of_reference("ternary", 1.6, 128),
         ("rounded", "trits, groups of 64"): of_reference("ternary", 1.6, 64),
@@ -93,12 +92,6 @@ def ship(path):
     model, tokenizer = bitnet.load(path), load_model()[1]
     types = {"token_embd.weight": "Q8_0"}
     return write_gguf(model, tokenizer, bitnet.checkpoint("b158"), "TQ1_0", types=types, progress=False)
-
-
-def shipped():
-    """The model in the checkpoint of the package, with layers that compute as the training did."""
-    model, _ = read_gguf(bitnet.checkpoint("b158"))
-    return pack_bitnet(model, "b158", scale="absmax") if linear_layers(model) else model
 
 
 def measure(folder, device="cpu", tokens=None, parse=True):
