@@ -619,7 +619,7 @@ for scheme in ("Q4_K_M", "Q3_K_M", "Q2_K"):
     )
 
 # %% [markdown]
-# One channel stands out by far, as in lesson 06. A fifth to a third of the divergence is gone, and no tensor has grown: only other numbers are in them. No reader need know. But it cannot make more codes than there are.
+# One channel stands out by far, as in lesson 06. A fifth to a third of the divergence is gone, and no tensor has grown: only other numbers are in them. No reader need know. But an imatrix makes no more codes than there are.
 #
 # ## What llama.cpp says
 #
