@@ -15,6 +15,7 @@ import qlearn
 PACKAGE = Path(qlearn.__file__).parent
 FLOORS = (
     {"formats"},
+    {"scales", "rotation"},
     {"tensor"},
     {"kernels"},
     {"methods", "evaluate"},

@@ -1,5 +1,7 @@
 """QuantizedTensor: what is stored is counted, saved and read back; a damaged file is refused in one sentence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,6 +9,8 @@ from safetensors.torch import save_file
 import qlearn
 from qlearn.formats.floats import FP4_E2M1
 from qlearn.formats.integers import Integers
+from qlearn.rotation import hadamard_matrix
+from qlearn.scales import QuantizedScales
 from qlearn.tensor import QuantizedTensor
 
 
@@ -28,7 +32,20 @@ def samples():
             (1, 8),
             zeros=torch.rand(4, 2),
         ),
+        with_quantized_scales(),
+        replace(qlearn.quantize(weight(), "absmax", bits=4, group_size=8), hadamard=16),
     ]
+
+
+def with_quantized_scales():
+    """Scales as in NF4's double quantization, in a layout with room to spare; zeros as in SINQ with 8-bit scales."""
+    codes = torch.arange(6 * 32).view(6, 32) % 16
+    table = torch.arange(24).view(6, 4) * 10
+    scales = QuantizedScales.from_codes(
+        table, Integers(8, signed=False), torch.rand(4, 1), torch.full((1, 1), 0.1), layout=(4, 7)
+    )
+    zeros = QuantizedScales.from_codes(table, Integers(8, signed=False), torch.rand(1, 12).half(), layout=(2, 12))
+    return QuantizedTensor.from_codes(codes, scales, Integers(4, signed=False), (1, 8), zeros=zeros)
 
 
 @pytest.mark.parametrize("qt", samples(), ids=repr)
@@ -63,6 +80,28 @@ def test_dequantize_is_the_formula_element_by_element():
     qt = samples()[2]
     expected = FP4_E2M1.decode(qt.codes()) * qt.scales * qt.column_scales
     assert torch.equal(qt.dequantize(), expected)
+
+
+def test_quantized_scales_and_zeros_are_used_element_by_element():
+    qt = with_quantized_scales()
+    codes, scales, zeros = qt.codes(), qt.scales, qt.zeros
+    for i in range(6):
+        for j in range(32):
+            place = i * 4 + j // 8  # of the block, counted row by row
+            code = place * 10
+            scale = code * scales.steps[place // 7, 0] + scales.offsets[0, 0]
+            zero = code * zeros.steps[0, place % 12].float()
+            assert qt.dequantize()[i, j] == (codes[i, j].float() - zero) * scale
+    assert qt.nbytes == 6 * 32 // 2 + 2 * 24 + 4 * 4 + 4 + 2 * 12
+
+
+def test_a_rotation_is_taken_back():
+    qt = samples()[-1]
+    plain = replace(qt, hadamard=None).dequantize()
+    H = hadamard_matrix(16)
+    assert torch.allclose(qt.dequantize(), torch.cat([plain[:, :16] @ H, plain[:, 16:] @ H], 1), atol=1e-6)
+    with pytest.raises(ValueError, match="size=64 does not divide the 32 numbers"):
+        replace(qt, hadamard=64)
 
 
 def test_codes_survive_packing_at_every_width():

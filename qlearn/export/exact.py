@@ -36,14 +36,16 @@ def exact(quantized, name):
     >>> bool((dequantize(blocks, "Q4_0") == quantized.dequantize().numpy()).all()), exact(quantized, "Q4_K")
     (True, None)
     """
-    if name not in CONTAINERS or quantized.zeros is not None or quantized.column_scales is not None:
+    more = (quantized.zeros, quantized.column_scales, quantized.hadamard)
+    if name not in CONTAINERS or any(part is not None for part in more):
         return None
     kind, (rows, columns) = BLOCK_TYPES[name], quantized.shape
     if columns % kind.weights or quantized.block[1] % kind.weights:
         return None
     numbers = _integers(quantized)
-    d = quantized.scales.cpu().half()
-    if numbers is None or not torch.equal(d.to(quantized.scales.dtype), quantized.scales.cpu()):
+    scales = quantized.scales.float().cpu()
+    d = scales.half()
+    if numbers is None or not torch.equal(d.float(), scales):
         return None
     reach = {"Q4_0": (-8, 7), "Q8_0": (-128, 127)}.get(name, (-1, 1))
     if numbers.min(initial=0) < reach[0] or numbers.max(initial=0) > reach[1]:

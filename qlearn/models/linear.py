@@ -4,7 +4,7 @@
 
 Between two passes only the packed tensors exist, so the memory is really saved. This layer is plain: it spends time
 to unpack the matrix, where a fast one multiplies with the codes directly. What it computes is exactly F.linear with
-the dequantized weight.
+the dequantized weight. That holds in training too, when gradients pass through the layer (`product.py`).
 
 The tensors are buffers, so `state_dict()`, `load_state_dict()` and `.to(device)` do what they do for any module. With
 one exception: a change of dtype (`model.half()`, `model.to(torch.bfloat16)`) leaves them alone. A scale that is
@@ -12,14 +12,13 @@ stored as float16 is part of a format, and rounding it to another type would sil
 to.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from qlearn import formats
-from qlearn.tensor import QuantizedTensor
+from qlearn.models.product import product
+from qlearn.tensor import QuantizedTensor, sizes
+
+_UNCOMMON = ("scales", "zeros", "hadamard")  # what the metadata of a weight has only for some methods
 
 
 class QuantLinear(nn.Module):
@@ -50,11 +49,14 @@ class QuantLinear(nn.Module):
         storage: what `storage()` gave.  weight, bias: what it replaces, for its size and its device.
         Raises ValueError when the two do not belong together.
         """
-        metadata = {"format": storage["format"], "shape": tuple(weight.shape), "block": tuple(storage["block"])}
-        tensors = _empty_tensors(**metadata, types=storage["tensors"], device=weight.device)
+        metadata = {n: storage[n] for n in ("format", "block", *_UNCOMMON) if n in storage}
+        metadata["shape"] = tuple(weight.shape)
+        types = {name: getattr(torch, type_name) for name, type_name in storage["tensors"].items()}
+        shapes = sizes(metadata, zeros_are_packed=types.get("zeros") == torch.uint8)
+        tensors = {n: torch.empty(shapes[n], dtype=types[n], device=weight.device) for n in shapes if n in types}
         layer = cls(QuantizedTensor.from_state(tensors, metadata), bias)
         for name in storage["tensors"].keys() - tensors.keys():  # a subclass may have a number of its own beside them
-            setattr(layer, name, torch.empty((), dtype=getattr(torch, storage["tensors"][name]), device=weight.device))
+            setattr(layer, name, torch.empty((), dtype=types[name], device=weight.device))
         return layer
 
     def storage(self):
@@ -65,7 +67,8 @@ class QuantLinear(nn.Module):
         {'format': 'uint3', 'block': [1, 2], 'tensors': {'packed': 'uint8', 'scales': 'float16', 'zeros': 'uint8'}}
         """
         types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self.named_buffers()}
-        return {n: self._metadata_of_weight[n] for n in ("format", "block")} | {"tensors": types}
+        metadata = self._metadata_of_weight
+        return {n: metadata[n] for n in ("format", "block", *_UNCOMMON) if n in metadata} | {"tensors": types}
 
     @property
     def quantized(self):
@@ -74,7 +77,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x):
         """x: floating point (..., in_features).  Returns (..., out_features) in the dtype of x."""
-        return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+        return product(x, self.quantized, self.bias)
 
     def _apply(self, fn, recurse=True):
         """Every `.to(...)` of a module ends here; the quantized tensors follow to the device and keep their dtype."""
@@ -90,17 +93,3 @@ class QuantLinear(nn.Module):
         """What print(model) shows."""
         sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {self.quantized.format.name}, {self.quantized.bits_per_weight:.3g} bits"
-
-
-def _empty_tensors(format, shape, block, types, device):
-    """Tensors for the weight of a layer, by name, of the sizes that QuantizedTensor asks for."""
-    packed_size = formats.get(format).packed_size
-    blocks = (shape[0] // block[0], shape[1] // block[1])
-    sizes = {
-        "packed": (packed_size(math.prod(shape)),),
-        "scales": blocks,
-        "zeros": (packed_size(math.prod(blocks)),) if types.get("zeros") == "uint8" else blocks,
-        "column_scales": (shape[1],),
-    }
-    types = {name: getattr(torch, types[name]) for name in sizes if name in types}
-    return {name: torch.empty(sizes[name], dtype=dtype, device=device) for name, dtype in types.items()}

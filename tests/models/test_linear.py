@@ -7,6 +7,7 @@ from torch import nn
 
 import qlearn
 from qlearn.models import QuantLinear
+from tests.test_tensor import samples
 
 OPTIONS = [
     {"method": "absmax", "bits": 4, "group_size": 16},
@@ -97,3 +98,14 @@ def test_gradients_reach_the_input_and_not_the_weight(quantized):
 def test_print_shows_sizes_format_and_true_bits():
     layer = QuantLinear(qlearn.quantize(weight(), "absmax", bits=4, group_size=16))
     assert repr(layer) == "QuantLinear(32, 24, bias=False, int4, 5 bits)"
+
+
+@pytest.mark.parametrize("quantized", samples(), ids=repr)
+def test_a_layer_without_values_makes_room_for_all_that_is_stored(quantized):
+    layer = QuantLinear(quantized)
+    empty = QuantLinear.without_values(layer.storage(), torch.empty(quantized.shape))
+    assert empty.state_dict().keys() == layer.state_dict().keys()
+    for name, tensor in empty.state_dict().items():
+        assert tensor.dtype == layer.state_dict()[name].dtype
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty.quantized.dequantize(), quantized.dequantize())
