@@ -1,6 +1,6 @@
 """BitNet, trained from nothing on the corpus of the bundled model, as one command.
 
-    python -m qlearn.training.bitnet --prepare tokens.npz
+    python -m qlearn.training.tokens tokens.npz
     python -m qlearn.training.bitnet --kind b158 --tokens tokens.npz --out bitnet/
 
 Three models of one architecture, which differ in their linear layers alone:
@@ -43,25 +43,21 @@ import functools
 import json
 import math
 import os
-import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, BitNetConfig, BitNetForCausalLM
+from transformers import BitNetConfig, BitNetForCausalLM
 
 from qlearn.evaluate.provenance import provenance
 from qlearn.formats.codebooks import SIGN
 from qlearn.formats.integers import TRIT
 from qlearn.models.bitlinear import PackedBitLinear
 from qlearn.models.layers import SKIP, linear_layers, replace_layers
-from qlearn.models.loading import BUNDLED
 from qlearn.models.plugin import mark_quantized
 from qlearn.tensor import QuantizedTensor
-from qlearn.training import corpus
 from qlearn.training.bitlinear import BitLinear, to_bitlinear
 from qlearn.training.pretrain import (
     CONTEXT,
@@ -69,11 +65,11 @@ from qlearn.training.pretrain import (
     TOKENS_PER_STEP,
     VOCABULARY,
     WEIGHT_DECAY,
-    encode,
     held_out_loss,
     linear,
     train,
 )
+from qlearn.training.tokens import load_tokens
 
 KINDS = ("bf16", "b158", "b1")
 STEPS, BATCH = 5827, TOKENS_PER_STEP // CONTEXT  # those of the bundled model
@@ -118,41 +114,6 @@ def two_stage(step, steps, peak):
 
 
 SCHEDULES = {"linear": linear, "two-stage": two_stage}
-
-
-def prepare(path):
-    """Tokenize the corpus of this machine with the bundled model's tokenizer into an .npz file.
-
-    It holds `stream` and `held_out`, uint16, and `about`, JSON: what the record says of the corpus.
-    """
-    files, _ = corpus.collect()
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED, local_files_only=True).backend_tokenizer
-    learned, held = ([f.text for f in files if f.held_out is held_out] for held_out in (False, True))
-    random.Random(0).shuffle(learned)
-    stream, held_out = encode(tokenizer, learned), encode(tokenizer, held)
-    about = {
-        "files": len(learned),
-        "characters": sum(map(len, learned)),
-        "tokens": len(stream),
-        "held_out_tokens": len(held_out),
-        "held_out_bytes": sum(len(text.encode()) for text in held),
-    }
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, stream=stream, held_out=held_out, about=np.array(json.dumps(about)))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    print(about, flush=True)
-
-
-def load_tokens(path, device):
-    """(stream, held-out stream, about) of a prepared file; the streams int32 on the device."""
-    with np.load(path) as file:
-        streams = [torch.from_numpy(file[name].astype(np.int32)).to(device) for name in ("stream", "held_out")]
-        return *streams, json.loads(str(file["about"]))
 
 
 def stored_tensors(model):
@@ -233,7 +194,7 @@ def run(
 ):  # fmt: skip
     """Train one model and write its two files.
 
-    kind: "bf16", "b158" or "b1".  tokens: a file made by `prepare`.  out: the folder to write.
+    kind: "bf16", "b158" or "b1".  tokens: a file made by `tokens.prepare`.  out: the folder to write.
     name: of the files; the kind unless given.
     schedule: "linear" or "two-stage".  lr: its peak.  Those in `USUAL` unless given.
     steps, seconds: so many steps, or fewer if all of it would take longer.  batch: windows of 1,024 tokens in a step.
@@ -294,8 +255,7 @@ def write(model, record, folder, name):
 def main(argv=None):
     """The command; see the top of this file."""
     parser = argparse.ArgumentParser(description="Train a BitNet, or its plain counterpart, from nothing.")
-    parser.add_argument("--prepare", metavar="FILE", help="only tokenize the corpus into this .npz file")
-    parser.add_argument("--tokens", help="the file that --prepare has made")
+    parser.add_argument("--tokens", required=True, help="the file that `python -m qlearn.training.tokens` has made")
     parser.add_argument("--kind", choices=KINDS, default="b158")
     parser.add_argument("--schedule", choices=SCHEDULES, help="linear for bf16, else two-stage")
     parser.add_argument("--lr", type=float, help="peak learning rate; 3e-3, 2e-2, 1e-2 for bf16, b158, b1")
@@ -305,15 +265,11 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=BATCH, help="windows of 1,024 tokens in a step")
     parser.add_argument("--name", help="name of the files; the kind unless given")
     options = parser.parse_args(argv)
-    if options.prepare:
-        prepare(options.prepare)
-        return
-    if not options.tokens or not Path(options.tokens).is_file():
-        parser.error("--tokens needs the file that --prepare FILE has made")
+    if not Path(options.tokens).is_file():
+        parser.error(f"there is no file {options.tokens}; python -m qlearn.training.tokens {options.tokens} makes it")
     if not torch.cuda.is_available():
         parser.error("training needs a CUDA GPU; the finished model ships with the package")
-    asked = {name: value for name, value in vars(options).items() if name != "prepare" and value is not None}
-    run(**asked)
+    run(**{name: value for name, value in vars(options).items() if value is not None})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""BitNet from nothing: the two schedules, the token file, a run of a few steps, and what it writes."""
+"""BitNet from nothing: the two schedules, a run of a few steps, and what it writes."""
 
 import json
 import math
@@ -9,20 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlearn.formats.integers import unpack, unpack_trits
-from qlearn.training import bitnet, corpus, pretrain
+from qlearn.training import bitnet, pretrain
 from qlearn.training.bitlinear import BitLinear
+from qlearn.training.tokens import load_tokens
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 128}
-
-
-@pytest.fixture
-def tokens(tmp_path, monkeypatch):
-    """A token file as `prepare` makes it, from a corpus of a few files."""
-    text = "def f(x):\n    return x + 1\n\n\n" * 200
-    files = [corpus.SourceFile(text + f"# {n}\n", "p", held_out=n == 0) for n in range(4)]
-    monkeypatch.setattr(corpus, "collect", lambda: (files, []))
-    bitnet.prepare(tmp_path / "tokens.npz")
-    return tmp_path / "tokens.npz"
 
 
 @pytest.fixture
@@ -32,14 +23,6 @@ def small_tokens(tmp_path):
     about = json.dumps({"tokens": 4500, "held_out_tokens": 1500, "held_out_bytes": 3000})
     np.savez(tmp_path / "small.npz", stream=stream, held_out=stream[:1500], about=np.array(about))
     return tmp_path / "small.npz"
-
-
-def test_prepare_writes_what_a_run_reads(tokens):
-    stream, held_out, about = bitnet.load_tokens(tokens, "cpu")
-    assert stream.dtype == held_out.dtype == torch.int32
-    assert (about["files"], about["tokens"], about["held_out_tokens"]) == (3, len(stream), len(held_out))
-    assert (stream == 0).sum() == 3 and held_out[0] == 0
-    assert not tokens.with_name("tokens.npz.part").exists()
 
 
 @pytest.mark.parametrize("kind", bitnet.KINDS)
@@ -141,7 +124,7 @@ def test_the_rates_reach_the_optimizer():
 
 
 def test_a_loss_that_is_no_number_ends_the_run(small_tokens):
-    stream, held_out, _ = bitnet.load_tokens(small_tokens, "cpu")
+    stream, held_out, _ = load_tokens(small_tokens, "cpu")
     model = bitnet.make_model("b158", **TINY)
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="the loss is nan at step 2; lower the learning rate"):
@@ -157,7 +140,7 @@ def test_unknown_names_are_told(small_tokens, tmp_path):
         bitnet.checkpoint("b1")
 
 
-def test_the_command_asks_for_its_token_file(capsys):
+def test_the_command_says_how_its_token_file_is_made(capsys):
     with pytest.raises(SystemExit):
-        bitnet.main(["--kind", "b158"])
-    assert "--tokens needs the file" in capsys.readouterr().err
+        bitnet.main(["--tokens", "none.npz"])
+    assert "there is no file none.npz; python -m qlearn.training.tokens none.npz makes it" in capsys.readouterr().err
