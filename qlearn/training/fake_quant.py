@@ -57,7 +57,7 @@ def fake_quantize(
         raise ValueError(f"scale_gradient=True is not there for {method!r}; use signed_absmax, or leave it out")
     with torch.no_grad():
         quantized = quantize(weight, method, bits=bits, group_size=group_size, **options)
-        inside = _inside(weight, quantized, symmetric=method == "absmax") if clip_mask else None
+        inside = _inside(weight, quantized, symmetric=method in ("absmax", "mxint8")) if clip_mask else None
         values = quantized.dequantize(weight.dtype)
     return _StraightThrough.apply(weight, values, inside)
 

@@ -66,13 +66,19 @@ def encode(tokenizer, texts, chunk=512):
     return np.concatenate(stream)
 
 
-def make_model():
-    """The architecture of the bundled model, freshly initialized."""
+def make_model(width=256, layers=8):
+    """The architecture of the bundled model, freshly initialized.
+
+    width: a multiple of 128; heads of 64 numbers, half as many for keys and values, and an MLP three times as wide.
+    Raises ValueError for another width.
+    """
+    if width < 128 or width % 128:
+        raise ValueError(f"width={width} is no multiple of 128; take 256, as the bundled model has")
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-            bos_token_id=0, eos_token_id=0, pad_token_id=0,
+            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 64, num_key_value_heads=width // 128, max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
 

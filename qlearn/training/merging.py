@@ -1,0 +1,175 @@
+"""Merging: one matrix in place of W, A and B, done right, and what the usual mistakes cost.
+
+An adapter beside a float matrix can be added to it, and the model is a plain one again, with nothing left to compute
+beside:
+
+    W' = W + (alpha / r) B A
+
+With quantized weights there are two matrices that could be W. The adapter was trained beside Q = dequantize(codes). In
+the gradients that formed it stood the outputs of Q, rounding errors and all, so it has learned to make up for them. So
+
+    right           Q + s B A                       the numbers that were trained, as a float matrix
+    wrong           W + s B A                       on the float weights from before quantization: the errors that the
+                                                    adapter mends are not there, and their remedy now is an error itself
+    right, smaller  Q' = quantize(Q + s B A)        knowingly: the sum lies off the grid, so rounding it errs anew, by
+                                                    as much as the first time; measure before shipping it
+    wrong twice     quantize(W + s B A)             what a program does that "merges into the 4-bit model" silently
+
+The mistake is common because it is so easy: the adapter's file has just A and B in it, and fits both. `measure` says
+what each is worth for a model at hand. With 4 bits the difference is small. With 2, or after LoftQ, where A and B hold
+a good part of W itself (`loftq.py`), the model on W is another one.
+
+Source: huggingface/peft issues 2321, 2105 and 1043; artidoro/qlora issue 28, where the right order was asked for.
+"""
+
+import copy
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlearn.evaluate.divergence import position_divergences
+from qlearn.evaluate.size import model_bytes
+from qlearn.models.layers import replace_layers
+from qlearn.models.linear import QuantLinear
+from qlearn.models.quantize import quantize_model
+from qlearn.training.lora import lora_layers
+
+
+def merge(model, dtype=None):
+    """Add each adapter to the weight it was trained on, in place; the layers are nn.Linear again.
+
+    dtype: of the merged matrices; None keeps that of a float layer, and makes float32 of a quantized one. A change that
+    is small beside its weight is lost in bfloat16, which has 8 bits of precision.
+    Returns the model, without adapters and without gradients. Layers without an adapter stay what they are.
+    Raises ValueError for a model without adapters.
+
+    >>> from qlearn.training.lora import LoraLinear
+    >>> model = nn.Sequential(LoraLinear(nn.Linear(2, 1, bias=False), r=1, alpha=1))
+    >>> model[0].base.weight.data, model[0].A.data = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.0]])
+    >>> model[0].B.data.fill_(4.0)
+    tensor([[4.]])
+    >>> merge(model)[0].weight.tolist()
+    [[3.0, 2.0]]
+    """
+    layers = _adapted(model)
+    replace_layers(model, {layer: _linear(layer, trained_on(layer), dtype) for layer in layers.values()})
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not any(isinstance(module, QuantLinear) for module in model.modules()):
+        quantizer.remove_quantization_config(model)  # a float model like any other, for save_pretrained as well
+    return model
+
+
+def merge_onto(original, model):
+    """Add the adapters of a model to the weights of another one, in place.
+
+    original: the float model, with a layer of the same size for each adapter of `model`.  Returns it.
+    This is right where both have the same weights. It is the mistake described above where `model` is quantized.
+    Raises ValueError for a model without adapters, or an original that its adapters do not fit.
+    """
+    merged = {}
+    for name, layer in _adapted(model).items():
+        try:
+            own = original.get_submodule(name)
+        except AttributeError:
+            own = None
+        if not isinstance(own, nn.Linear) or own.weight.shape != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"the original has no nn.Linear({layer.in_features}, {layer.out_features}) called {name}; give the "
+                "float model that the quantized one was made of"
+            )
+        merged[own] = _linear(layer, own.weight, None, own.bias)
+    replace_layers(original, merged)
+    return original
+
+
+@torch.no_grad()
+def trained_on(layer):
+    """The weight that an adapter was trained on: (out_features, in_features), dequantized where it is quantized."""
+    base = layer.base
+    return base.quantized.dequantize() if isinstance(base, QuantLinear) else base.weight
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of a model by one way of merging, beside the model with its adapters.
+
+    logit_error: root mean square of the differences of the logits.  kl_divergence: in nats, mean over positions.
+    flip_rate: share of positions with another most likely token.  loss: mean over the labels that count, in nats.
+    nbytes: of a file that holds the model, what is not quantized in bfloat16.
+    """
+
+    name: str
+    logit_error: float
+    kl_divergence: float
+    flip_rate: float
+    loss: float
+    nbytes: int
+
+    as_dict = asdict
+
+
+def measure(model, original, batches, method=None, bits=4, group_size=64, progress=False, **options):
+    """Measure every way of merging on the same batches.
+
+    model: with adapters.  original: the float model from before quantization.  Both are left unchanged.
+    batches: list of (ids, labels), int64 (texts, length) each; labels of -100 are not counted in `loss`, and positions
+    that predict them not in the rest.  method, bits, group_size, options: how to quantize what was merged; method None
+    leaves that out.
+    Returns a list of Merged: "adapters" first, then "right", "wrong", and with a method "right, requantized" and
+    "wrong, requantized".
+    """
+    right = merge(copy.deepcopy(model))
+    wrong = merge_onto(copy.deepcopy(original), model)
+    models = {"adapters": model, "right": right, "wrong": wrong}
+    if method is not None:
+        for name in ("right", "wrong"):
+            rounded = copy.deepcopy(models[name])
+            quantize_model(rounded, method, bits, group_size, progress=progress, **options)
+            models[f"{name}, requantized"] = rounded
+    reference = [_predict(model, *batch) for batch in batches]
+    return [_compare(name, candidate, batches, reference) for name, candidate in models.items()]
+
+
+def _compare(name, model, batches, reference):
+    """One way of merging beside the reference."""
+    squares = divergence = flips = loss = 0.0
+    count = 0
+    for (ids, labels), expected in zip(batches, reference, strict=True):
+        logits, targets = _predict(model, ids, labels)[0], expected[1]
+        squares += (logits - expected[0]).double().square().mean(-1).sum().item()
+        divergence += position_divergences(expected[0], logits).sum().item()
+        flips += (logits.argmax(-1) != expected[0].argmax(-1)).sum().item()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        count += len(targets)
+    return Merged(name, (squares / count) ** 0.5, divergence / count, flips / count, loss / count, model_bytes(model))
+
+
+@torch.no_grad()
+def _predict(model, ids, labels):
+    """Logits, float32 (positions, vocabulary), and targets (positions,), where a label counts."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    counts = labels[:, 1:] != -100
+    return logits[counts].float(), labels[:, 1:][counts]
+
+
+def _adapted(model):
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapters to merge")
+    return layers
+
+
+@torch.no_grad()
+def _linear(layer, weight, dtype, bias=None):
+    """nn.Linear with an adapter's change added to a weight."""
+    bias = layer.base.bias if bias is None else bias
+    new = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    summed = weight.to(layer.A.dtype) + layer.change()
+    new.weight = nn.Parameter(summed.to(dtype or weight.dtype), requires_grad=False)
+    new.bias = bias
+    return new.train(layer.training)
+
+
+__all__ = ["Merged", "measure", "merge", "merge_onto", "trained_on"]
