@@ -9,6 +9,7 @@ between formats:
     fp4_e2m1   0  .5   1  1.5  2  3  4  6, +-   floats.py       spaced in proportion to size: sign, exponent, mantissa
     nf4       -1  -.70  -.53 ... 0 ... .72  1   codebooks.py    anywhere: a list, here as dense as a normal distribution
     trit      -1   0   1                        integers.py     three numbers, five of which share a byte
+    mx_int8   -2 ... -1/64   0   1/64 ...       fixed_point.py  integers with a binary point
 
 Every format object answers to the same few names:
 
@@ -21,17 +22,22 @@ Every format object answers to the same few names:
 
 NumPy arrays, torch tensors and Python numbers go in, and the same kind comes out. A format knows nothing of scales:
 those belong to the tensor that is stored, `qlearn.tensor.QuantizedTensor`.
+
+Two families are agreements on blocks, codes and scale together, and have functions of their own: `microscaling.py`
+(MXFP8, MXFP6, MXFP4, MXINT8 and NVFP4) and the block types of GGUF files, `gguf_blocks/`.
 """
 
-from qlearn.formats import codebooks, floats, integers
+from qlearn.formats import codebooks, floats, integers, microscaling
 from qlearn.formats.codebooks import CODEBOOKS
+from qlearn.formats.fixed_point import MX_INT8
 from qlearn.formats.integers import TRIT, Integers
 
 _INTEGERS = [Integers(bits, signed) for signed in (True, False) for bits in range(1, 9)]
 
-FORMATS = {**{format.name: format for format in _INTEGERS}, **floats.FORMATS, **CODEBOOKS, TRIT.name: TRIT}
+FORMATS = {**{format.name: format for format in _INTEGERS}, **floats.FORMATS, **CODEBOOKS}
+FORMATS |= {format.name: format for format in (TRIT, MX_INT8)}
 
-__all__ = ["FORMATS", "Integers", "codebooks", "floats", "get", "integers"]
+__all__ = ["FORMATS", "Integers", "codebooks", "floats", "get", "integers", "microscaling"]
 
 
 def get(name):

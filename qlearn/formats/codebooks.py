@@ -17,8 +17,14 @@ magnitude uses it.
 The nearest value is found by counting how many of the points halfway between neighbours lie below x: that count is the
 code. A number exactly halfway goes to the lower value, as in bitsandbytes; numbers beyond an end go to that end.
 
-Source: Dettmers et al., QLoRA (arXiv 2305.14314), section 3 and appendix E; the tables are those of bitsandbytes (NF4)
-and SINQ (NF3).
+**The dynamic map** stores numbers whose sizes differ by powers of ten, in 8 bits. After the sign, zeros count down a
+decimal exponent, a one ends them, and the bits that are left divide the decade evenly: 64 values from 0.1 to 1, 32 from
+0.01 to 0.1 ... 1 from 0.0000001 to 0.000001, each the middle of its part. With both signs these are 254; 0 and 1
+complete the list, -1 is not in it. So large numbers have three digits of precision and small ones are not lost. QLoRA
+stores the scales of NF4 with it, and 8-bit optimizers their states.
+
+Sources: Dettmers et al., QLoRA (arXiv 2305.14314), section 3 and appendix E; Dettmers, 8-Bit Approximations for
+Parallelism in Deep Learning (arXiv 1511.04561). The tables are those of bitsandbytes (NF4, dynamic map) and SINQ (NF3).
 """
 
 from dataclasses import dataclass
@@ -123,11 +129,36 @@ def normal_float(bits, offset=None):
     return values / values.max()
 
 
+def dynamic_map(bits=8):
+    """Return the 2**bits values of the signed dynamic map, in rising order: float32, above -1 and up to 1.
+
+    As for `normal_float`, every step is taken in float32, as when the published table is made.
+    bits: 2 to 8; ValueError otherwise.
+
+    >>> dynamic_map(3).tolist()                     # one value below 0.1, two above it, both signs, and 0 and 1
+    [-0.7749999761581421, -0.32500001788139343, -0.055000003427267075, 0.0, 0.055000003427267075,
+    0.32500001788139343, 0.7749999761581421, 1.0]
+    """
+    if bits not in range(2, 9):
+        raise ValueError(f"a dynamic map of {bits} bits is not defined: choose bits from 2 to 8")
+    decades = bits - 1
+    values = [np.float32([0, 1])]
+    for i in range(decades):
+        edges = _evenly_spaced(0.1, 1, 2**i + 1)
+        middles = np.float32(10.0 ** (i + 1 - decades)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [middles, -middles]
+    return np.sort(np.concatenate(values))
+
+
 def _evenly_spaced(start, end, count):
-    """What torch.linspace gives in float32: steps from the start in the first half, back from the end in the second."""
-    start, end, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float32)
-    step = (end - start) / np.float32(count - 1)
-    return np.where(index < count // 2, start + step * index, end - step * (np.float32(count - 1) - index))
+    """What torch.linspace gives in float32: steps from the start in the first half, back from the end in the second.
+
+    Each value is rounded once, after the sum, as processors do that multiply and add in one instruction.
+    """
+    start, end, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float64)
+    step = np.float64((end - start) / np.float32(count - 1))
+    values = np.where(index < count // 2, np.float64(start) + step * index, end - step * (count - 1 - index))
+    return values.astype(np.float32)
 
 
 NF4 = Codebook(
@@ -150,4 +181,6 @@ NF3 = Codebook(
 
 SIGN = Codebook("sign", (-1.0, 1.0))  # one bit: the weights of the first BitNet
 
-CODEBOOKS = {codebook.name: codebook for codebook in (NF4, NF3, SIGN)}
+DYNAMIC8 = Codebook("dynamic8", tuple(dynamic_map(8).tolist()))
+
+CODEBOOKS = {codebook.name: codebook for codebook in (NF4, NF3, SIGN, DYNAMIC8)}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlearn.formats.codebooks import NF3, NF4, Codebook, normal_float
+from qlearn.formats.codebooks import DYNAMIC8, NF3, NF4, Codebook, dynamic_map, normal_float
 
 # As in bitsandbytes 0.50 (functional.py) and SINQ 0.2 (dual_shift.py); written out here, not taken from the package.
 PUBLISHED_NF4 = """
@@ -19,7 +19,7 @@ PUBLISHED_NF3 = """
     -1.0 -0.5350227355957031 -0.2469314038753510 0.0 0.1833375245332718 0.3819939494132996 0.6229856610298157 1.0
 """
 UNEVEN = Codebook("uneven", (-3, -1, -0.5, 0, 0.125, 7))
-every_codebook = pytest.mark.parametrize("codebook", [NF4, NF3, UNEVEN], ids=lambda c: c.name)
+every_codebook = pytest.mark.parametrize("codebook", [NF4, NF3, DYNAMIC8, UNEVEN], ids=lambda c: c.name)
 
 
 def values_of(codebook):
@@ -49,6 +49,22 @@ def test_normal_float_has_an_exact_zero_and_evenly_used_values(bits):
         # In float32 a probability is off by up to 1.5 * 2**-24 and a value moves it by less than 0.5 * 2**-24 more;
         # a step is the difference of two, and so is what it is compared with.
         assert np.abs(steps - steps.mean()).max() <= 8 * 2**-24
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_dynamic_map_divides_each_decade_evenly(bits):
+    """In exact decimals: decade number i from the top has half as many values as the one above, in the middles."""
+    expect = {0.0, 1.0}
+    for i in range(bits - 1):
+        parts = 2 ** (bits - 2 - i)
+        middles = [(0.1 + 0.9 * (k + 0.5) / parts) / 10**i for k in range(parts)]
+        expect |= {*middles, *(-m for m in middles)}
+    np.testing.assert_allclose(dynamic_map(bits), sorted(expect), rtol=2**-22)
+    assert len(dynamic_map(bits)) == 2**bits
+
+
+def test_dynamic8_is_the_map_of_8_bits():
+    assert DYNAMIC8.values == tuple(dynamic_map(8).tolist()) and DYNAMIC8.bits == 8
 
 
 @every_codebook
@@ -110,3 +126,5 @@ def test_errors_name_the_value_and_the_remedy():
     for bits in (1, 9):
         with pytest.raises(ValueError, match=f"NormalFloat of {bits} bits is not defined"):
             normal_float(bits)
+        with pytest.raises(ValueError, match=f"dynamic map of {bits} bits is not defined"):
+            dynamic_map(bits)

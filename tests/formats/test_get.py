@@ -21,7 +21,9 @@ def test_every_name_gives_its_format_and_the_format_its_name():
         "nf4",
         "nf3",
         "sign",
+        "dynamic8",
         "trit",
+        "mx_int8",
     }
     assert set(formats.FORMATS) == expected
     for name in expected:
@@ -54,6 +56,6 @@ def test_every_format_of_up_to_eight_bits_packs_its_codes(name, count):
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"format 'int9' is unknown: choose from int1, .*uint8, fp32, .*e8m0, nf4, nf3, sign, trit"
+        ValueError, match=r"'int9' is unknown: choose from int1, .*uint8, fp32, .*e8m0, nf4, nf3, sign, dynamic8, trit"
     ):
         formats.get("int9")
