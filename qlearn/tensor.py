@@ -47,7 +47,7 @@ class QuantizedTensor:
     block: (rows, columns) of the weights that share a scale; it divides the shape.
     zeros: None; or uint8, one integer zero-point for each block, packed like the codes; or floating point or
     QuantizedScales, shaped as scales.
-    column_scales: None, or floating point (columns,).
+    column_scales: None, or floating point (columns,); or (bands, columns), one row for each of equally many rows.
     hadamard: None, or the size of the Hadamard rotation of the rows that was made before rounding.
 
     >>> import torch
@@ -76,6 +76,8 @@ class QuantizedTensor:
             raise ValueError(f"blocks of {self.block} do not divide a matrix of {self.shape}; choose a block that does")
         if self.hadamard is not None:
             check_size(self.hadamard, columns)
+        if rows % self.metadata().get("bands", 1):
+            raise ValueError(f"column_scales for {len(self.column_scales)} bands do not divide {rows} rows evenly")
         expect = sizes(self.metadata(), zeros_are_packed=self.zeros is not None and not self.zeros.is_floating_point())
         held = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
         for name, tensor in held.items():
@@ -106,6 +108,11 @@ class QuantizedTensor:
             return None if self.zeros is None else self.zeros.float()
         return self.format.unpack(self.zeros, self.scales.numel()).reshape(self.scales.shape).float()
 
+    def column_factors(self):
+        """The column scales, float32, as a matrix that broadcasts over the weights: (1, columns) or (rows, columns)."""
+        bands = self.column_scales.float().view(-1, self.shape[1])
+        return bands if len(bands) == 1 else bands.repeat_interleave(self.shape[0] // len(bands), 0)
+
     def dequantize(self, dtype=torch.float32):
         """The matrix (rows, columns) that the codes stand for, computed in float32 and returned as `dtype`."""
         unsigned = self.format.unpack(self.packed, self.shape[0] * self.shape[1])
@@ -114,7 +121,7 @@ class QuantizedTensor:
             values = values - self.zero_points()[:, None, :, None]
         values = (values * self.scales.float()[:, None, :, None]).view(self.shape)
         if self.column_scales is not None:
-            values = values * self.column_scales.float()
+            values = values * self.column_factors()
         if self.hadamard is not None:
             values = hadamard(values, self.hadamard)  # its own inverse
         return values.to(dtype)
@@ -164,6 +171,8 @@ class QuantizedTensor:
         for name in _MAY_BE_QUANTIZED:
             if isinstance(getattr(self, name), QuantizedScales):
                 metadata[name] = getattr(self, name).metadata()
+        if self.column_scales is not None and self.column_scales.dim() == 2:
+            metadata["bands"] = len(self.column_scales)
         return metadata if self.hadamard is None else {**metadata, "hadamard": self.hadamard}
 
     @classmethod
@@ -224,6 +233,8 @@ def sizes(metadata, zeros_are_packed=False):
     packed_size = formats.get(metadata["format"]).packed_size
     blocks = (rows // block[0], columns // block[1])
     shapes = {"packed": (packed_size(rows * columns),), "scales": blocks, "column_scales": (columns,)}
+    if "bands" in metadata:
+        shapes["column_scales"] = (metadata["bands"], columns)
     shapes["zeros"] = (packed_size(blocks[0] * blocks[1]),) if zeros_are_packed else blocks
     for name in _MAY_BE_QUANTIZED:
         if name in metadata:

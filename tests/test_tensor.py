@@ -114,6 +114,14 @@ def test_codes_survive_packing_at_every_width():
         assert qt.packed.numel() == (35 * bits + 7) // 8
 
 
+def test_bands_have_column_scales_of_their_own():
+    scales = torch.tensor([[1.0, 2.0, 4.0], [0.5, 8.0, 1.0]]).half()
+    codes = torch.ones(4, 3, dtype=torch.int8)
+    qt = QuantizedTensor.from_codes(codes, torch.ones(1, 1), Integers(4), (4, 3), column_scales=scales)
+    assert torch.equal(qt.dequantize(), scales.float().repeat_interleave(2, 0))
+    assert qt.nbytes == 6 + 4 + 12 and qt.metadata()["bands"] == 2
+
+
 def test_to_moves_every_tensor():
     for qt in samples():
         moved = qt.to("meta")
@@ -166,6 +174,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"scales": torch.ones(2, 2)}, r"scales has shape \(2, 2\) where \(1, 1\)"),
         ({"block": (3, 7)}, "do not divide"),
         ({"column_scales": torch.ones(3)}, r"column_scales has shape \(3,\) where \(7,\)"),
+        ({"column_scales": torch.ones(5, 3)}, r"column_scales has shape \(5, 3\) where \(5, 7\)"),
+        ({"column_scales": torch.ones(2, 7)}, "column_scales for 2 bands do not divide 5 rows"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message):

@@ -4,31 +4,59 @@ A method is a function (weight, bits, group_size, **its own options) -> Quantize
 """
 
 from qlearn.methods.affine import absmax, zero_point
+from qlearn.methods.asinq import asinq
 from qlearn.methods.awq import awq
 from qlearn.methods.gptq import gptq
+from qlearn.methods.hadamard import hadamard
+from qlearn.methods.hqq import hqq
+from qlearn.methods.microscaling import mxfp4, mxfp6, mxfp8, mxint8, nvfp4
+from qlearn.methods.nf4 import nf3, nf4
 from qlearn.methods.signed_absmax import signed_absmax
+from qlearn.methods.sinq import sinq
 from qlearn.methods.ternary import binary, ternary
 
 METHODS = {
     "absmax": absmax,
     "zero_point": zero_point,
     "signed_absmax": signed_absmax,
+    "hadamard": hadamard,
+    "hqq": hqq,
+    "sinq": sinq,
+    "nf4": nf4,
+    "nf3": nf3,
     "gptq": gptq,
     "awq": awq,
+    "asinq": asinq,
     "ternary": ternary,
     "binary": binary,
+    "mxfp4": mxfp4,
+    "mxfp6": mxfp6,
+    "mxfp8": mxfp8,
+    "mxint8": mxint8,
+    "nvfp4": nvfp4,
 }
-CALIBRATED = frozenset({"gptq", "awq"})  # those that learn from inputs, and take them as a further argument `inputs`
+CALIBRATED = frozenset({"gptq", "awq", "asinq"})  # they learn from inputs, which are a further argument `inputs`
 
 __all__ = [
     "CALIBRATED",
     "METHODS",
     "absmax",
+    "asinq",
     "awq",
     "binary",
     "gptq",
+    "hadamard",
+    "hqq",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "mxint8",
+    "nf3",
+    "nf4",
+    "nvfp4",
     "quantize",
     "signed_absmax",
+    "sinq",
     "ternary",
     "zero_point",
 ]

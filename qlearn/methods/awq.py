@@ -40,7 +40,7 @@ import torch
 
 from qlearn.methods.affine import absmax, zero_point
 from qlearn.methods.blocking import block_shape, check_weight, from_blocks, to_blocks
-from qlearn.methods.statistics import InputStatistics
+from qlearn.methods.statistics import statistics_of
 
 CLIPS = tuple(1 - i / 20 for i in range(10))  # the lengths of the grid that are tried: 1, 0.95 ... 0.55
 
@@ -79,7 +79,7 @@ def awq(
     (16.5, 16.57339096069336, 21.8642578125)
     """
     weight = check_weight(weight)
-    statistics = _statistics(inputs, weight)
+    statistics = statistics_of(inputs, weight)
     options = {"sym": sym, "scale_dtype": scale_dtype}
     if scale is None:
         scale = search_scale(weight, bits, group_size, inputs=statistics, n_grid=n_grid, duo=duo, **options).scale
@@ -126,7 +126,7 @@ def search_scale(
     (0.3, True)
     """
     weights = [check_weight(w) for w in (weight if isinstance(weight, list | tuple) else [weight])]
-    statistics = _statistics(inputs, *weights)
+    statistics = statistics_of(inputs, *weights)
     grid = _grid(bits, group_size, sym, scale_dtype)
     loss = _output_error(weights, statistics) if loss is None else loss
     losses, scales = {}, {}
@@ -152,7 +152,7 @@ def clip_groups(weight, bits=4, group_size=None, *, inputs, column_scales=None, 
     weight = check_weight(weight)
     block = block_shape(weight.shape, group_size)
     grid = _grid(bits, group_size, sym, scale_dtype)
-    gram = _gram(_statistics(inputs, weight), block[1], column_scales).to(weight.device)
+    gram = _gram(statistics_of(inputs, weight), block[1], column_scales).to(weight.device)
     blocks = to_blocks(weight, block)  # (rows, groups, n)
     largest = blocks.abs().amax(-1, keepdim=True)
     best, least = blocks, torch.full_like(largest[..., 0], torch.inf)
@@ -224,18 +224,3 @@ def _gram(statistics, size, column_scales):
         c = column_scales.to(gram).view(-1, size)
         gram = gram * c[:, :, None] * c[:, None, :]
     return gram
-
-
-def _statistics(inputs, *weights):
-    """The inputs as InputStatistics, or a ValueError when they do not fit the weights."""
-    if not isinstance(inputs, InputStatistics):
-        inputs = InputStatistics.from_inputs(torch.as_tensor(inputs))
-    for weight in weights:
-        if weight.shape[1] != inputs.in_features:
-            raise ValueError(
-                f"inputs of {inputs.in_features} channels do not fit a weight of {weight.shape[1]} columns; pass this "
-                "layer's own"
-            )
-    if not inputs.count:
-        raise ValueError("there are no inputs to learn from; calibrate with more or other text, or use zero_point")
-    return inputs

@@ -129,3 +129,26 @@ class InputStatistics:
 
     def __repr__(self):
         return f"InputStatistics({self.count} inputs of {self.in_features} channels)"
+
+
+def statistics_of(inputs, *weights):
+    """Inputs as InputStatistics, or a ValueError when they do not fit the weights that read them.
+
+    inputs: an InputStatistics, or floating point (tokens, columns).  weights: matrices (rows, columns).
+
+    >>> statistics_of(torch.ones(3, 4), torch.ones(2, 5))
+    Traceback (most recent call last):
+    ...
+    ValueError: inputs of 4 channels do not fit a weight of 5 columns; pass this layer's own
+    """
+    if not isinstance(inputs, InputStatistics):
+        inputs = InputStatistics.from_inputs(torch.as_tensor(inputs))
+    for weight in weights:
+        if weight.shape[1] != inputs.in_features:
+            raise ValueError(
+                f"inputs of {inputs.in_features} channels do not fit a weight of {weight.shape[1]} columns; pass this "
+                "layer's own"
+            )
+    if not inputs.count:
+        raise ValueError("there are no inputs to learn from; calibrate with more or other text, or use zero_point")
+    return inputs

@@ -145,7 +145,10 @@ class _Recipe:
                 raise ValueError(f"layer {name} ({rows} x {columns}): {error}") from error
 
     def _try(self, weight):
-        """Quantize the row with the largest weight."""
+        """Quantize the row with the largest weight; or all, where rows belong together (tiles; groups in columns)."""
+        if self.options.get("tile_rows") or self.options.get("axis") == 0:
+            self(weight)
+            return
         row = int(weight.abs().argmax()) // weight.shape[1]
         self(weight[row : row + 1])
 

@@ -57,7 +57,8 @@ def fake_quantize(
         raise ValueError(f"scale_gradient=True is not there for {method!r}; use signed_absmax, or leave it out")
     with torch.no_grad():
         quantized = quantize(weight, method, bits=bits, group_size=group_size, **options)
-        inside = _inside(weight, quantized, symmetric=method in ("absmax", "mxint8")) if clip_mask else None
+        masked = clip_mask and quantized.hadamard is None  # a rotated grid ends at no particular weight
+        inside = _inside(weight, quantized, symmetric=method in ("absmax", "mxint8")) if masked else None
         values = quantized.dequantize(weight.dtype)
     return _StraightThrough.apply(weight, values, inside)
 
@@ -148,7 +149,7 @@ def _inside(weight, quantized, symmetric):
     low, high = _sorted_ends(first - zeros, last - zeros, quantized.scales)
     rows, columns = quantized.block
     if quantized.column_scales is not None:
-        weight = weight / quantized.column_scales.float()
+        weight = weight / quantized.column_factors()
     blocked = weight.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
     return ((blocked >= low[:, None, :, None]) & (blocked <= high[:, None, :, None])).view(weight.shape)
 

@@ -96,6 +96,30 @@ def test_each_family_comes_back_bit_for_bit(floats, family, dtype, method, tmp_p
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("hadamard", {}),
+        ("hqq", {}),
+        ("hqq", {"axis": 0}),
+        ("sinq", {}),
+        ("sinq", {"small_scales": True}),
+        ("sinq", {"hqq": True, "small_scales": True}),
+        ("sinq", {"tile_rows": 16}),
+        ("sinq", {"normal_float": True}),
+        ("nf4", {"double_quant": True}),
+    ],
+    ids=str,
+)
+def test_each_way_of_storing_comes_back(floats, method, options, tmp_path):
+    model = quantized(load(floats()), method, **options)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert again.model.layers[1].mlp.up_proj.quantized.nbytes == model.model.layers[1].mlp.up_proj.quantized.nbytes
+    assert config_of(tmp_path / "saved")["options"] == options
+
+
 def test_what_was_loaded_can_be_saved_again(saved, tmp_path):
     load(saved).save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):

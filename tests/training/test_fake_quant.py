@@ -9,7 +9,10 @@ from qlearn.methods.signed_absmax import signed_absmax_values
 from qlearn.training.fake_quant import fake_quantize, fake_round
 
 UNCALIBRATED = sorted(set(methods.METHODS) - methods.CALIBRATED)
-BITS = {"ternary": (1.6, 2), "binary": (1,)}  # of the others: 2, 3, 4, 8
+# Of the others: 2, 3, 4, 8 bits, and groups of 32.
+BITS = {"ternary": (1.6, 2), "binary": (1,), "mxfp4": (4,), "mxfp6": (6,), "mxfp8": (8,), "mxint8": (8,), "nvfp4": (4,)}
+BITS |= {"nf4": (4,), "nf3": (3,)}
+GROUP = {"nvfp4": 16}
 
 
 @pytest.fixture
@@ -27,8 +30,23 @@ def gradient_of(values, weight):
 
 @pytest.mark.parametrize("method, bits", [(m, bits) for m in UNCALIBRATED for bits in BITS.get(m, (2, 3, 4, 8))])
 def test_forward_is_what_is_stored(weight, method, bits):
-    stored = quantize(weight, method, bits=bits, group_size=32).dequantize()
-    assert torch.equal(fake_quantize(weight, method, bits, 32), stored)
+    group_size = GROUP.get(method, 32)
+    stored = quantize(weight, method, bits=bits, group_size=group_size).dequantize()
+    assert torch.equal(fake_quantize(weight, method, bits, group_size), stored)
+
+
+def test_mask_of_block_floats(weight):
+    """MXFP4 under "floor": its grid ends at 6, and what is more than half a step beyond, at 7, gets nothing."""
+    gradient, incoming = gradient_of(fake_quantize(weight, "mxfp4", 4, 32), weight)
+    scales = quantize(weight, "mxfp4", bits=4).scales.float().repeat_interleave(32, 1)
+    inside = weight.detach().abs() / scales <= 7
+    assert torch.equal(gradient, incoming * inside) and not inside.all()
+
+
+def test_mask_of_mxint8_is_symmetric():
+    weight = torch.tensor([[127.4, -127.4, 127.6, -127.6] + [1.0] * 28], requires_grad=True)
+    gradient, _ = gradient_of(fake_quantize(weight, "mxint8", 8, 32), weight)
+    assert (gradient == 0)[0, :5].tolist() == [False, False, True, True, False]
 
 
 @pytest.mark.parametrize("scale_gradient", [False, True])
