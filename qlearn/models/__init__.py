@@ -5,6 +5,7 @@
     QuantLinear          the layer that takes the place of nn.Linear                           linear.py
     QuantizationConfig   transformers' own way: from_pretrained, save_pretrained               plugin.py
     quantize_w8a8        weights and activations in 8 bits                                     w8a8.py
+    quantize_attention   the two products of every attention, emulated                         attention.py
     pack_bitnet          a trained BitNet as trits                                             bitnet.py
     generate             the greedy continuation of a prompt                                   generate.py
     memory.plan          which layers go to the GPU, and how many tokens a second are left     memory.py
@@ -16,6 +17,7 @@ anything is rounded: `awq.py`, `smoothquant.py`; and why that helps: `outliers.p
 They work on any causal language model of transformers; nothing is special-cased for the bundled one.
 """
 
+from qlearn.models.attention import quantize_attention
 from qlearn.models.bitnet import pack_bitnet
 from qlearn.models.generate import generate
 from qlearn.models.linear import QuantLinear
@@ -30,6 +32,7 @@ __all__ = [
     "generate",
     "load_model",
     "pack_bitnet",
+    "quantize_attention",
     "quantize_model",
     "quantize_w8a8",
 ]
