@@ -11,6 +11,7 @@
     ternary_explorer        what counts as zero, when a weight is -1, 0 or 1 times a number
     zero_point_explorer     symmetric against asymmetric grids on shifted values
     activation_explorer     one large number, or one large channel, in the inputs of an 8-bit layer
+    precision_map           for which sizes and how much text training in FP4 is the best choice
     text_breaker            what a model writes with fewer and fewer bits
 
 Each shows a line of text about its state, works from the keyboard, has a still picture for places where nothing is
@@ -25,6 +26,7 @@ from qlearn.course.widgets.clipping import clip_explorer
 from qlearn.course.widgets.column_by_column import column_explorer
 from qlearn.course.widgets.hexview import hex_view
 from qlearn.course.widgets.numberline import number_line, number_line_explorer
+from qlearn.course.widgets.precision_map import precision_map
 from qlearn.course.widgets.settling import settling_explorer
 from qlearn.course.widgets.ternary import ternary_explorer
 from qlearn.course.widgets.text import text_breaker
@@ -41,6 +43,7 @@ __all__ = [
     "number_line",
     "number_line_explorer",
     "outlier_explorer",
+    "precision_map",
     "settling_explorer",
     "ternary_explorer",
     "text_breaker",
