@@ -2,9 +2,10 @@
 
     y = x W^T + b        with W = dequantize(codes, scales, ...) made anew in every forward pass, and dropped after it
 
-Between two passes only the packed tensors exist, so the memory is really saved. This layer is plain: it spends time
+Between two passes only the packed tensors exist, so the memory is really saved; the backward pass of a training makes
+the matrix once more (`product.py`). This layer is plain: it spends time
 to unpack the matrix, where a fast one multiplies with the codes directly. What it computes is exactly F.linear with
-the dequantized weight. That holds in training too, when gradients pass through the layer (`product.py`).
+the dequantized weight.
 
 The tensors are buffers, so `state_dict()`, `load_state_dict()` and `.to(device)` do what they do for any module. With
 one exception: a change of dtype (`model.half()`, `model.to(torch.bfloat16)`) leaves them alone. A scale that is
@@ -18,7 +19,7 @@ from torch import nn
 from qlearn.models.product import product
 from qlearn.tensor import QuantizedTensor, sizes
 
-_UNCOMMON = ("scales", "zeros", "hadamard")  # what the metadata of a weight has only for some methods
+_UNCOMMON = ("scales", "zeros", "bands", "hadamard")  # what the metadata of a weight has only for some methods
 
 
 class QuantLinear(nn.Module):

@@ -5,14 +5,14 @@
     optimizer      AdamW: two numbers for each parameter that learns, the means of the gradient and of its square
     activations    what the forward pass leaves for the backward pass: grows with the texts, not with what learns
 
-The first three follow from counting. The QLoRA paper's example, a Llama of 65.2 billion parameters: trained in full,
-with 16-bit weights, 16-bit gradients and 32-bit states, it takes 2 + 2 + 8 bytes for each parameter, 782 GB. At 4.127 bits
-(NF4 and double quantization) the weights take 33.6 GB. Adapters of rank 64 on all linear layers are another 0.8 billion
-parameters, and they alone have gradients and states. So it fits in the 48 GB of one card.
+The first three follow from counting. The QLoRA paper's example is a Llama of 65.2 billion parameters. Trained in full,
+with 16-bit weights, 16-bit gradients and 32-bit states, it takes 2 + 2 + 8 bytes for each parameter, 782 GB. At 4.127
+bits (NF4 and double quantization) the weights take 33.6 GB. Adapters of rank 64 on all linear layers are another 0.8
+billion parameters, and they alone have gradients and states. So it fits in the 48 GB of one card.
 
 Activations depend on the architecture, the texts and on what is kept, so here they are measured: on a GPU they are what
 the peak has above the rest. With a small model and long texts they are most of it, and to store weights in 4 bits saves
-little. `model.gradient_checkpointing_enable()` is the remedy for that.
+little. Gradient checkpointing (`finetune.py`) is the remedy for that.
 
 Source: QLoRA, arXiv 2305.14314, sections 1 and 3 ("more than 780 GB" to "less than 48 GB").
 """
@@ -88,9 +88,7 @@ def peak(step, device=None):
     Raises ValueError without a CUDA GPU: what a process holds in main memory does not tell its tensors from the rest.
     """
     if not torch.cuda.is_available():
-        raise ValueError(
-            "the peak is measured on a CUDA GPU, and there is none; of_model counts all but activations"
-        )
+        raise ValueError("the peak is measured on a CUDA GPU, and there is none; of_model counts all but activations")
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
