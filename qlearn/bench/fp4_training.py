@@ -6,8 +6,8 @@
 
 The first command makes the corpus of the bundled model into tokens. The second trains every model of `WIDTHS` with
 every scheme (`training/fp4.py`) and every number of tokens, spread over all GPUs it finds, and writes a file for each
-width and scheme; those that are there already are not run again, so it may be stopped and started. The third makes one
-file of them all.
+width and scheme, a row at a time; rows that are there already are not made again, so it may be stopped and started. The
+third makes one file of them all.
 
 The architecture is the bundled model's (`pretrain.make_model`), wider; N is the number of parameters in its linear
 layers, which is what scaling laws count. All runs of a width see the same batches in the same order, with the same
@@ -32,7 +32,7 @@ import torch
 from qlearn.bench.results import write
 from qlearn.evaluate.provenance import provenance
 from qlearn.models.layers import linear_layers
-from qlearn.training.fp4 import SCHEMES, get_scheme, to_low_precision
+from qlearn.training.fp4 import SCHEMES, to_low_precision
 from qlearn.training.pretrain import CONTEXT, PEAK_LR, held_out_loss, linear, make_model, train
 from qlearn.training.tokens import load_tokens
 
@@ -52,37 +52,62 @@ def peak_rate(width):
 
 
 def run(width, scheme, tokens, budgets=TOKENS, batch=BATCH, device="cuda", compile=True, layers=8, seed=0):
-    """Train one model for each number of tokens.
+    """Train one model for each number of tokens, and yield a row, a dict, as each is done.
 
     width: of the model.  scheme: "bf16" or a name of SCHEMES.  tokens: a file of `training.tokens`.
-    batch: windows in a step.
-    Returns a list of rows, dicts. Raises ValueError for an unknown scheme, and when a training diverges.
+    batch: windows in a step.  compile: the blocks of the model, by torch.compile.
+    Raises ValueError for an unknown scheme, and when a training diverges.
     """
-    scheme == "bf16" or get_scheme(scheme)
     stream, held_out, _ = load_tokens(tokens, device)
-    rows = []
     for budget in budgets:
         torch.manual_seed(seed)
-        model = to_low_precision(make_model(width, layers).to(device), scheme)
-        steps = max(1, round(budget / (batch * CONTEXT)))
+        model = make_model(width, layers).to(device)
+        parameters = sum(layer.weight.numel() for layer in linear_layers(model).values())
+        to_low_precision(model, scheme)
+        if compile:  # one block is compiled, and serves for all: a graph of the whole model takes minutes
+            for block in model.model.layers:
+                block.compile()
+        steps = steps_for(budget, batch)
         schedule = functools.partial(linear, peak=peak_rate(width))
-        done = train(model, stream, held_out, None, steps, schedule=schedule, batch=batch, compile=compile)
-        rows.append(
-            {
-                "scheme": scheme,
-                "width": width,
-                "params": sum(layer.weight.numel() for layer in linear_layers(model).values()),
-                "tokens": steps * batch * CONTEXT,
-                "loss": round(held_out_loss(model, held_out), 5),
-                "seed": seed,
-                "steps": steps,
-                "learning_rate": peak_rate(width),
-                "seconds": done["seconds"],
-                "curve": done["curve"][1::2] if steps > 400 else done["curve"],
-            }
-        )
-        print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
-    return rows
+        done = train(model, stream, held_out, None, steps, schedule=schedule, batch=batch, compile=False)
+        yield {
+            "scheme": scheme,
+            "width": width,
+            "params": parameters,
+            "tokens": steps * batch * CONTEXT,
+            "loss": round(held_out_loss(model, held_out), 5),
+            "seed": seed,
+            "steps": steps,
+            "learning_rate": peak_rate(width),
+            "seconds": done["seconds"],
+            "curve": done["curve"][1::2] if steps > 400 else done["curve"],
+        }
+
+
+def steps_for(budget, batch=BATCH):
+    """How many steps a number of tokens is.
+
+    >>> steps_for(100_000_000)
+    1526
+    """
+    return max(1, round(budget / (batch * CONTEXT)))
+
+
+def run_and_write(width, scheme, options):
+    """`run` into the file of this width and scheme, a row at a time; rows that it has are not made again."""
+    path = run_file(options.runs, width, scheme, options.seed)
+    rows = read_rows(path)
+    missing = [n for n in options.budgets if steps_for(n) not in {row["steps"] for row in rows}]
+    for row in run(width, scheme, options.tokens, missing, seed=options.seed):
+        rows.append(row)
+        record = {**provenance("python -m qlearn.bench.fp4_training --tokens tokens.npz --runs runs/"), "rows": rows}
+        write(path.stem, record, path.parent)
+        print({k: v for k, v in row.items() if k != "curve"}, flush=True)
+
+
+def read_rows(path):
+    """The rows of a run file; none where there is no file yet."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def run_all(options):
@@ -90,8 +115,8 @@ def run_all(options):
     jobs = [(width, scheme) for width in sorted(options.widths, reverse=True) for scheme in options.schemes]
     folder = Path(options.runs)
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [job for job in jobs if not run_file(folder, *job, options.seed).exists()]
-    free, busy, failed = list(range(torch.cuda.device_count())), {}, []
+    jobs = [job for job in jobs if len(read_rows(run_file(folder, *job, options.seed))) < len(options.budgets)]
+    free, busy, failed = options.each * list(range(torch.cuda.device_count())), {}, []
     while jobs or busy:
         while jobs and free:
             gpu, (width, scheme) = free.pop(), jobs.pop(0)
@@ -139,6 +164,7 @@ def main(argv=None):
     parser.add_argument("--schemes", choices=ALL, nargs="+", default=ALL)
     parser.add_argument("--budgets", type=int, nargs="+", default=TOKENS, help="numbers of tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the weights at the start and of the rounding")
+    parser.add_argument("--each", type=int, default=1, help="processes on each GPU at a time")
     parser.add_argument("--one", nargs=2, metavar=("WIDTH", "SCHEME"), help="only this, in this process")
     parser.add_argument("--merge", metavar="RUNS", help="make fp4_training.json of a folder of runs")
     parser.add_argument("--out", help="the folder for it; the package's own results unless given")
@@ -153,12 +179,8 @@ def main(argv=None):
     if not options.one:
         run_all(options)
         return
-    width, scheme = int(options.one[0]), options.one[1]
     torch.set_float32_matmul_precision("high")
-    rows = run(width, scheme, options.tokens, options.budgets, seed=options.seed)
-    record = {**provenance("python -m qlearn.bench.fp4_training --tokens tokens.npz --runs runs/"), "rows": rows}
-    path = run_file(options.runs, width, scheme, options.seed)
-    write(path.stem, record, path.parent)
+    run_and_write(int(options.one[0]), options.one[1], options)
 
 
 if __name__ == "__main__":

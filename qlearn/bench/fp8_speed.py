@@ -102,6 +102,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if not torch.cuda.is_available() or not has_fp8_units(torch.device("cuda")):
         parser.error("this needs a GPU with FP8 units; results/ has what one did")
+    torch._dynamo.config.recompile_limit = 64  # for each shape
     layers = {}
     for name, (outputs, inputs) in LAYERS.items():
         rows = [measure_product(*product) for product in products(TOKENS, outputs, inputs)]

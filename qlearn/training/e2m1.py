@@ -53,7 +53,8 @@ def round_e2m1(x, ties="even"):
 def round_e2m1_stochastically(x, random=None):
     """Each number as one of its two neighbours in FP4, the nearer one more often: unbiased within -6 ... 6.
 
-    x: floating point, any shape.  random: numbers in [0, 1) of that shape; drawn afresh unless given.
+    x: floating point, any shape.  random: numbers in [0, 1) of that shape; drawn afresh unless given. The sum of the
+    two is rounded to float32, so one draw in some ten million goes up that should not.
 
     >>> x = torch.full((100_000,), 2.25)
     >>> rounded = round_e2m1_stochastically(x, torch.rand(x.shape, generator=torch.Generator().manual_seed(0)))

@@ -18,8 +18,9 @@ done naively, and **Quartet** answers each:
   gradient to what is cut off. The rounded numbers live in the rotated space, and so do mask and gradient:
   dx = (mask * (E W_q)) H.
 - Gradients are summed up over thousands of steps, so an error that is always to the same side adds up. *Backward*,
-  all four factors are rotated by H with random signs, drawn anew, and rounded without clipping; stochastically in the
-  first draft of the paper, which makes the gradient unbiased, and to nearest in the published version.
+  all four factors are rotated by diag(s) H, s random signs drawn anew in every step, and rounded without clipping;
+  stochastically in the first draft of the paper, which makes the gradient unbiased, and to nearest in the published
+  version.
 
 A **scheme** says which rounding stands where. Here are the ones that the course compares, all with bfloat16 for
 everything outside of the linear layers, and for the embedding and the head:
@@ -91,11 +92,30 @@ class LowPrecisionLinear(nn.Linear):
     def __init__(self, in_features, out_features, bias=False, scheme="quartet_sr", device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.scheme = scheme
-        get_scheme(scheme)
+        self.make_rotations(device)
+
+    def make_rotations(self, device):
+        """Keep the two Hadamard matrices of +1 and -1 on that device; they belong to no checkpoint."""
+        scheme = get_scheme(self.scheme)
+        self.register_buffer("H", signs_of_hadamard(scheme.rotate, device), persistent=False)
+        self.register_buffer("H_back", signs_of_hadamard(scheme.rotate_back, device), persistent=False)
+        self.draw_signs()
+
+    def draw_signs(self):
+        """New random signs for the rotation of the backward pass: its matrix becomes diag(signs) H.
+
+        Before each step, and not within a pass: a compiled layer that drew its own gave wrong gradients (torch 2.11
+        and 2.13), and nothing said so.
+        """
+        if self.H_back is not None and not self.H_back.is_meta:
+            signs = torch.randint(0, 2, (len(self.H_back), 1), device=self.H_back.device) * 2.0 - 1
+            self.H_back = signs * signs_of_hadamard(len(self.H_back), self.H_back.device)
 
     def forward(self, x):
         """x: floating point (..., in_features).  Returns (..., out_features), in the dtype of a plain linear layer."""
-        y = low_precision_linear(x.flatten(0, -2), self.weight, get_scheme(self.scheme)).unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, self.in_features)
+        y = low_precision_linear(rows, self.weight, get_scheme(self.scheme), self.H, self.H_back)
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self):
@@ -103,16 +123,17 @@ class LowPrecisionLinear(nn.Linear):
         return f"{super().extra_repr()}, scheme={self.scheme!r}"
 
 
-def low_precision_linear(x, weight, scheme):
+def low_precision_linear(x, weight, scheme, H=None, H_back=None):
     """x W^T with rounded factors, and a backward pass with rounded factors.
 
-    x: (tokens, inputs).  weight: (outputs, inputs).  scheme: Scheme.
+    x: (tokens, inputs).  weight: (outputs, inputs).  scheme: Scheme.  H, H_back: what `signs_of_hadamard` gives for
+    its two rotations.
     Returns (tokens, outputs), in the dtype of autocast, else of x.
     """
     kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if isinstance(scheme.forward, FP8) and has_fp8_units(x.device):
         return _Fp8Linear.apply(x, weight, kind)
-    return _Linear.apply(x, weight, scheme, kind)
+    return _Linear.apply(x, weight, scheme, kind, H, H_back)
 
 
 def to_low_precision(model, scheme, skip=SKIP):
@@ -129,7 +150,15 @@ def to_low_precision(model, scheme, skip=SKIP):
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to train with skip={skip}; skip fewer")
     replace_layers(model, {layer: _like(layer, scheme) for layer in layers.values()})
+    model.register_forward_pre_hook(draw_signs)
     return model
+
+
+def draw_signs(model, *_):
+    """New random signs in every layer of a model that is being trained; `to_low_precision` has it called."""
+    for layer in model.modules() if model.training else ():
+        if isinstance(layer, LowPrecisionLinear):
+            layer.draw_signs()
 
 
 def get_scheme(scheme):
@@ -141,48 +170,54 @@ def get_scheme(scheme):
     return SCHEMES[scheme]
 
 
-def rotate(x, size, signs=None):
-    """Rotate each `size` numbers of a row by the Hadamard matrix, after turning the signs where `signs` is -1.
+def signs_of_hadamard(size, device=None):
+    """The Hadamard matrix of that size without its factor, all +1 and -1; None for None."""
+    return None if size is None else (hadamard_matrix(size, device=device) * size**0.5).round()
 
-    As a product with a matrix of +1 and -1, which a GPU makes in one pass.
 
-    >>> rotate(torch.tensor([[8.0, 0, 0, 0]]), 4, torch.tensor([-1.0, 1, 1, 1]))
-    tensor([[-4., -4., -4., -4.]])
+def rotate(x, H):
+    """Rotate the numbers of a row, as many at a time as H has.
+
+    H: what `signs_of_hadamard` gives; None for no rotation. A GPU makes this product in one pass.
+    Returns float32.  Raises ValueError for rows that H does not divide.
+
+    >>> rotate(torch.tensor([[8.0, 0, 0, 0]]), signs_of_hadamard(4))
+    tensor([[4., 4., 4., 4.]])
     """
-    if size is None:
+    if H is None:
         return x
-    if x.shape[-1] % size:
-        raise ValueError(f"rotations of {size} do not divide the {x.shape[-1]} numbers of a row; pad them with zeros")
-    x = x if signs is None else x * signs.to(x.dtype)
-    H = (hadamard_matrix(size, device=x.device) * size**0.5).round().to(x.dtype)
+    if x.shape[-1] % len(H):
+        raise ValueError(f"rotations of {len(H)} do not divide the {x.shape[-1]} numbers of a row; pad them with zeros")
     with torch.autocast(x.device.type, enabled=False):
-        return (x.reshape(-1, size) @ H).view(x.shape).float() * size**-0.5
+        return (x.reshape(-1, len(H)) @ H.to(x.dtype)).view(x.shape).float() * len(H) ** -0.5
 
 
-def random_signs(n, device):
-    """n numbers, each +1 or -1."""
-    return torch.randint(0, 2, (n,), device=device).float() * 2 - 1
+def rounded(x, quantizer, H=None):
+    """What a matrix goes through before it is multiplied: rotation, and rounding along the last axis.
+
+    Returns Rounded, its values in the dtype of x.
+    """
+    done = quantizer(rotate(x, H))
+    return Rounded(done.values.to(x.dtype), done.factor, done.mask)
 
 
 def matmul(a, b, kind):
-    """a b^T of two Rounded matrices, multiplied as `kind`, with their factors; returns float32 or wider."""
+    """a b^T of two Rounded matrices, multiplied as `kind`, with their factors; returns float32."""
     with torch.autocast(a.values.device.type, enabled=False):
-        y = a.values.to(kind) @ b.values.to(kind).T
+        y = (a.values.to(kind) @ b.values.to(kind).T).float()
     for factor in (a.factor, b.factor):
         y = y if factor is None else y * factor
     return y
 
 
-def backward_product(E, saved, scheme, kind):
+def backward_product(E, saved, scheme, kind, H_back):
     """E S^T with both factors rounded along the axis that is summed over: (p, n) and (q, n) -> (p, q).
 
-    saved: Rounded (q, n), as the forward product had it.
+    saved: Rounded (q, n), as the forward product had it.  H_back: of the rotation, or None.
     """
     if scheme.saved is None:
-        return matmul(scheme.error(E), saved, kind)
-    signs = None if scheme.rotate_back is None else random_signs(E.shape[-1], E.device)
-    E, S = (rotate(m, scheme.rotate_back, signs) for m in (E, saved.values))
-    product = matmul(scheme.error(E), scheme.saved(S), kind)
+        return matmul(rounded(E, scheme.error), saved, kind)
+    product = matmul(rounded(E, scheme.error, H_back), rounded(saved.values, scheme.saved, H_back), kind)
     return product if saved.factor is None else product * saved.factor
 
 
@@ -190,19 +225,20 @@ class _Linear(torch.autograd.Function):
     """The three products; see the top of this file."""
 
     @staticmethod
-    def forward(ctx, x, weight, scheme, kind):
-        X, W = (scheme.forward(rotate(m.to(kind), scheme.rotate)) for m in (x, weight))
-        ctx.save_for_backward(X.values.to(kind), X.factor, X.mask, W.values.to(kind), W.factor, W.mask)
+    def forward(ctx, x, weight, scheme, kind, H, H_back):
+        X, W = (rounded(m.to(kind), scheme.forward, H) for m in (x, weight))
+        ctx.save_for_backward(*X, *W, H, H_back)
         ctx.scheme, ctx.kind, ctx.dtypes = scheme, kind, (x.dtype, weight.dtype)
         return matmul(X, W, kind).to(kind)
 
     @staticmethod
     def backward(ctx, E):
-        parts, scheme, kind = ctx.saved_tensors, ctx.scheme, ctx.kind
+        *parts, H, H_back = ctx.saved_tensors
         X, W = Rounded(*parts[:3]), Rounded(*parts[3:])
-        dx = backward_product(E, transposed(W), scheme, kind)
-        dW = backward_product(E.T, transposed(X), scheme, kind)
-        return *(_to_plain(g, m, scheme, t) for g, m, t in zip((dx, dW), (X, W), ctx.dtypes, strict=True)), None, None
+        dx = backward_product(E, transposed(W), ctx.scheme, ctx.kind, H_back)
+        dW = backward_product(E.T, transposed(X), ctx.scheme, ctx.kind, H_back)
+        dx, dW = (_to_plain(g, m, H, t) for g, m, t in zip((dx, dW), (X, W), ctx.dtypes, strict=True))
+        return dx, dW, None, None, None, None
 
 
 def transposed(m):
@@ -210,10 +246,10 @@ def transposed(m):
     return Rounded(m.values.T, m.factor)
 
 
-def _to_plain(gradient, rounded, scheme, dtype):
+def _to_plain(gradient, rounded, H, dtype):
     """A gradient of rotated numbers as one of plain numbers, without what was cut off."""
     gradient = gradient if rounded.mask is None else gradient * rounded.mask
-    return rotate(gradient.float() if dtype == torch.bfloat16 else gradient, scheme.rotate).to(dtype)
+    return rotate(gradient.float(), H).to(dtype)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -249,4 +285,5 @@ def _like(layer, scheme):
     """A LowPrecisionLinear with the parameters of a linear layer."""
     new = LowPrecisionLinear(layer.in_features, layer.out_features, layer.bias is not None, scheme, device="meta")
     new.weight, new.bias = layer.weight, layer.bias
+    new.make_rotations(layer.weight.device)
     return new.train(layer.training)
