@@ -37,8 +37,8 @@ from qlearn.training.pretrain import CONTEXT, PEAK_LR, held_out_loss, linear, ma
 from qlearn.training.tokens import load_tokens
 
 WIDTHS = (256, 384, 512)
-TOKENS = (50_000_000, 100_000_000, 200_000_000)
-BATCH = 64  # windows of 1,024 tokens in a step
+TOKENS = (25_000_000, 50_000_000, 100_000_000)
+BATCH = 32  # windows of 1,024 tokens in a step; with 64, the smallest number of tokens is too few steps to learn from
 ALL = ("bf16", *SCHEMES)
 
 
@@ -88,7 +88,7 @@ def steps_for(budget, batch=BATCH):
     """How many steps a number of tokens is.
 
     >>> steps_for(100_000_000)
-    1526
+    3052
     """
     return max(1, round(budget / (batch * CONTEXT)))
 

@@ -118,9 +118,9 @@ class Unclipped:
 class NVFP4:
     """Groups of 16, each with an E4M3 scale amax / 6, and a factor amax / (448 * 6) for the matrix.
 
-    stochastic: round that way. The scale is rounded to nearest, so that up to a sixteenth of the largest number of a
-    group can be cut off; then the rounding is not unbiased. With stochastic=True the scale is made larger by 17/16
-    before, as far as which E4M3 never rounds below what is needed.
+    stochastic: round that way. A scale that is rounded to nearest may come out a sixteenth too small, and cut off the
+    largest number of its group, which would bias the result. So with stochastic=True it is made larger by 17/16 first.
+    Where E4M3 has no finer scales, in groups 30,000 times smaller than the matrix, a number can still be cut off.
     """
 
     stochastic: bool = False

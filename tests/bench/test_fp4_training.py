@@ -31,15 +31,15 @@ def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     def one(width, scheme, tokens, budgets, seed):
         for n in budgets:
             made.append(n)
-            yield {"scheme": scheme, "width": width, "steps": n // 65536, "tokens": n, "seed": seed, "curve": []}
+            yield {"scheme": scheme, "width": width, "steps": n // 32768, "tokens": n, "seed": seed, "curve": []}
 
     monkeypatch.setattr(fp4_training, "run", one)
-    options = argparse.Namespace(runs=tmp_path, seed=0, tokens="t.npz", budgets=[65536])
+    options = argparse.Namespace(runs=tmp_path, seed=0, tokens="t.npz", budgets=[32768])
     run_and_write(256, "luq", options)
-    options.budgets = [65536, 131072]
+    options.budgets = [32768, 65536]
     run_and_write(256, "luq", options)
     run_and_write(256, "bf16", options)
-    assert made == [65536, 131072, 65536, 131072]
+    assert made == [32768, 65536, 32768, 65536]
     assert [row["steps"] for row in read_rows(run_file(tmp_path, 256, "luq"))] == [1, 2]
     rows = merge(tmp_path)["rows"]
     assert [(r["scheme"], r["steps"]) for r in rows] == [("bf16", 1), ("luq", 1), ("bf16", 2), ("luq", 2)]
