@@ -70,7 +70,7 @@ class QuEST:
     """The clip with the smallest expected error on a normal distribution, as a power of two, and the trust mask.
 
     exponent: how the scale becomes a power of two. With "nearest" the error on Gaussian numbers is the published one,
-    1.32e-2 of their square, averaged over an octave of standard deviations; "floor" gives 2.14e-2.
+    1.32e-2 of their square, averaged over an octave of standard deviations; "floor" gives 2.2e-2.
 
     >>> x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
     >>> values, _, mask = QuEST()(x)

@@ -14,10 +14,11 @@ the gradients that formed it stood the outputs of Q, rounding errors and all, so
 
 The mistake is common because it is so easy: the adapter's file has just A and B in it, and fits both.
 
-**Quantized again.** Who wants few bits afterwards rounds the sum, and that is no longer what was trained, for it lies
-off the grid. No program should do that silently. Which sum is better to round depends. Q + s B A gets a second set of
-errors on top of the first, whose remedy it holds. Rounding W + s B A makes nearly the errors of Q once more, which B A
-has learned to mend; unless the codes were not those of W, as after LoftQ (`loftq.py`).
+**Quantized again.** Who wants few bits afterwards rounds the sum, and that is no longer what was trained. No program
+should do that silently. Which sum is better to round depends. Q lies on the grid, and a change that is small beside the
+steps rounds back to Q: what was learned is lost. W lies between the grid points, so the same change carries some of
+its weights across, and what else rounding does to W, the errors of Q once more, B A has learned to mend; unless the
+codes were not those of W, as after LoftQ (`loftq.py`).
 
 What it came to here, as loss on the answers of 100 held-out pairs after 100 steps of 8 pairs with r = 16
 (`adapters_task.py`), is also what `measure` gives for any model:
