@@ -21,11 +21,12 @@ size of what they read; the relative error of weights and of outputs at 3 bits, 
 better of two runs.
 
 Measured on the whole evaluation text; the calibrated methods learn from the calibration text. `weight_error` is the
-relative error of all weights together. An hour on two cores. `--only times` measures one part anew, and leaves the
-others as they are.
+relative error of all weights together. Half an hour on two idle cores. `--only times` measures one part anew, and
+leaves the others as they are; `--resume FILE` goes on with a run that was cut short.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def measure(recipes, tokens=None):
         row = evaluate.report(model, tokenizer, reference, name=name, parse=False).as_dict()
         if name in K_QUANTS:
             row |= _size(model, K_QUANTS[name])
-        yield row | {"weight_error": None if "balanced" in name else weight_error(model, originals)}
+        row |= {"weight_error": None if "balanced" in name else weight_error(model, originals)}
+        yield {key: value for key, value in row.items() if key not in ("seconds", "parse_rate")}
 
 
 def _size(model, bits):
@@ -203,36 +205,40 @@ def layers(bits=3, tokens=4096):
     return [{"layer": name, "bits": bits, **dict(zip(names, mean, strict=True))} for name, mean in means.items()]
 
 
-def unquantized():
-    """Yield one dict, what `measure` gives for the model as it is."""
-    yield from measure({"unquantized": lambda model: model})
-
-
-PARTS = {  # name in the results -> what yields its dicts
-    "unquantized": unquantized,
-    "sizes": model_sizes.sizes,
-    "layers": layers,
-    "times": times,
-    "rows": lambda: measure(recipes()),
-    "equal_bits": lambda: measure(equal_bits()),
-    "without_overhead": lambda: measure(without_overhead()),
+PARTS = {  # name in the results -> (done: the rows there are) -> what yields the dicts of the others
+    "unquantized": lambda done: measure({"unquantized": lambda model: model}),
+    "sizes": lambda done: model_sizes.sizes(),
+    "layers": lambda done: layers(),
+    "times": lambda done: times(),
+    "rows": lambda done: measure(_without(recipes(), done)),
+    "equal_bits": lambda done: measure(_without(equal_bits(), done)),
+    "without_overhead": lambda done: measure(_without(without_overhead(), done)),
 }
+
+
+def _without(recipes, done):
+    """The recipes that have no row yet."""
+    return {name: recipe for name, recipe in recipes.items() if name not in {row["name"] for row in done}}
 
 
 def main(argv=None):
     """Measure everything, print each row as it comes, write the results."""
     parser = argparse.ArgumentParser(description="Quantize the weights of the bundled model in many ways.")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="measure these parts, and keep the others")
+    parser.add_argument("--resume", type=Path, help="the file of a run that was cut short: what it has is kept")
     parser.add_argument("--out", type=Path, help="folder to write; the package's results by default")
     options = parser.parse_args(argv)
+    earlier = json.loads(options.resume.read_text()) if options.resume else {}
     record = read("weights_only") if options.only else {}
     record |= provenance("python -m qlearn.bench.weights_only") | {"group_size": GROUP_SIZE}
     for part in options.only or PARTS:
-        record[part] = []
-        for row in PARTS[part]():
+        record[part] = list(earlier.get(part, []))
+        if record[part] and part in ("unquantized", "sizes", "layers", "times"):
+            continue
+        for row in PARTS[part](record[part]):
             record[part].append(row)
+            write("weights_only", record, options.out)
             print(part, {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        write("weights_only", record, options.out)
 
 
 if __name__ == "__main__":
