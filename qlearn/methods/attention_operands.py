@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from qlearn.formats.integers import integer_range
 from qlearn.formats.microscaling import BLOCK_FORMATS
+from qlearn.methods.e2m1 import mx_scale, round_e2m1
 
 INTEGERS = {"int8": 8, "int4": 4}
 FP4 = ("mxfp4", "nvfp4")
@@ -139,7 +140,7 @@ def round_blocks(x, name):
     """Numbers in blocks along the last axis, by the default rules of `formats.microscaling`: as x in shape and dtype.
 
     NVFP4 has no scale for the tensor here, as in SageAttention3. The numbers are those of the format's own `round`,
-    which would fetch every tile of P from the GPU; these few lines stay where x is, and compute in float32.
+    which would fetch every tile of P from the GPU; these few lines (`e2m1.py`) stay where x is, and compute in float32.
 
     >>> round_blocks(torch.tensor([[0.26, 1.4, -6.0, 0.0]]), "nvfp4")
     tensor([[ 0.5000,  1.5000, -6.0000,  0.0000]])
@@ -150,18 +151,6 @@ def round_blocks(x, name):
     if name == "nvfp4":
         scale = (largest / 6).clamp(2.0**-9, FP8_MAX).to(torch.float8_e4m3fn).float()
     else:
-        scale = torch.ldexp(torch.ones_like(largest), (torch.frexp(largest).exponent - 3).clamp(-127, 125))
+        scale = mx_scale(largest)
     rounded = round_e2m1(blocks * (1 / scale)) * scale
     return rounded.flatten(-2)[..., : x.shape[-1]].to(x)
-
-
-def round_e2m1(x):
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6, a tie to the even code: round to steps of 0.5, from 2 on of 1, from 4
-    on of 2.
-
-    >>> round_e2m1(torch.tensor([0.3, 0.75, -2.5, 5.0, 100.0]))
-    tensor([ 0.5000,  1.0000, -2.0000,  4.0000,  6.0000])
-    """
-    size = x.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return ((x / step).round() * step).clamp(-6, 6)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from qlearn.training.e2m1 import MAX, power_of_two, round_e2m1, round_e2m1_stochastically
+from qlearn.methods.e2m1 import MAX, mx_scale, power_of_two, round_e2m1, round_e2m1_stochastically
 
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 GAUSSIAN_CLIP = {"fp4": 2.92247856, "int4": 2.51393}  # standard deviations at which to cut off, for the smallest error
@@ -61,7 +61,7 @@ class MXFP4:
 
     def __call__(self, x):
         groups = _groups(x, self.group)
-        scale = power_of_two(groups.abs().amax(-1, keepdim=True)) / 4
+        scale = mx_scale(groups.abs().amax(-1, keepdim=True))
         return Rounded((round_e2m1(groups / scale, self.ties) * scale).view(x.shape))
 
 
@@ -108,7 +108,7 @@ class Unclipped:
 
     def __call__(self, x):
         groups = _groups(x, self.group)
-        scale = power_of_two(groups.abs().amax(-1, keepdim=True)) / 4
+        scale = mx_scale(groups.abs().amax(-1, keepdim=True))
         scaled = groups / scale * 0.75
         rounded = round_e2m1_stochastically(scaled) if self.stochastic else round_e2m1(scaled)
         return Rounded((rounded * scale).view(x.shape), torch.full((), 4 / 3, device=x.device))

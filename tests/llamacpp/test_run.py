@@ -83,6 +83,16 @@ def test_the_same_greedy_text(llama, tmp_path, prompt):
     assert llama.complete(path, prompt, 48) == generate(*read_gguf(path), prompt, max_new_tokens=48)
 
 
+@pytest.mark.parametrize("scheme", ["Q8_0", "Q6_K", "Q4_K_M", "Q4_0"])
+def test_the_same_greedy_text_of_a_quantized_file_that_llama_cpp_has_decoded(llama, tmp_path, scheme):
+    """Its own tool makes a float file of ours, so that nothing but the weights is rounded: then no choice differs."""
+    path = write_gguf(tiny.model("bundled"), tiny.tokenizer(), tmp_path / "model.gguf", scheme, progress=False)
+    llama.run("llama-quantize", "--allow-requantize", path, tmp_path / "floats.gguf", "F32", 1)
+    model, tokenizer = read_gguf(path)
+    for prompt in gguf_files.PROMPTS:
+        assert llama.complete(tmp_path / "floats.gguf", prompt, 48) == generate(model, tokenizer, prompt, 48)
+
+
 def test_the_same_greedy_text_of_a_quantized_file_but_for_close_decisions(llama, tmp_path):
     """llama.cpp rounds inputs to 8 bits; that turns a decision only where two tokens are almost equally likely."""
     path = write_gguf(tiny.model("bundled"), tiny.tokenizer(), tmp_path / "model.gguf", "Q8_0", progress=False)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from qlearn.formats.floats import FP4_E2M1, FP8_E4M3FN
+from qlearn.formats.floats import FP8_E4M3FN
 from qlearn.formats.microscaling import MXFP4, NVFP4
-from qlearn.methods.attention_operands import round_blocks, round_e2m1, round_p, round_qk, round_v, smooth, to_fp8
+from qlearn.methods.attention_operands import round_blocks, round_p, round_qk, round_v, smooth, to_fp8
 from tests.conformance.families import families
 
 
@@ -34,13 +34,6 @@ def test_fp8_is_ours():
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     x = x[torch.isfinite(x)]
     assert np.array_equal(to_fp8(x), FP8_E4M3FN.round(x, overflow="saturate"))
-
-
-def test_e2m1_is_ours():
-    """All the numbers of bfloat16, so all ties as well."""
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
-    x = x[torch.isfinite(x)]
-    assert np.array_equal(round_e2m1(x), FP4_E2M1.round(x, overflow="saturate"))
 
 
 @pytest.mark.parametrize("name, format", [("nvfp4", NVFP4), ("mxfp4", MXFP4)])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlearn.training.e2m1 import power_of_two, round_e2m1, round_e2m1_stochastically, step_of
+from qlearn.methods.e2m1 import power_of_two, round_e2m1, round_e2m1_stochastically, step_of
 
 GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 

@@ -1,4 +1,4 @@
-"""Rounding to sixteen numbers, fast enough to do it in every step of a training.
+"""Rounding to sixteen numbers, on tensors where they lie: fast enough for every step of a training, or of a model.
 
 FP4 (E2M1) has eight magnitudes, and the distance between neighbours doubles twice:
 
@@ -13,8 +13,8 @@ ways to do that are needed:
 - **stochastic**: up with the probability (a - lower) / step, else down. The result is wrong by more than the nearest
   number would be, but *on average it is right*: its expected value is a.
 
-`qlearn.formats` rounds the same way, exactly and on the CPU, and says which code a number has. This file works on
-tensors where they lie, gives values only, and can be compiled into one pass over memory.
+`qlearn.formats` rounds the same way, exactly and on the CPU, and says which code a number has. This file gives values
+only, and can be compiled into one pass over the memory of a GPU.
 
 A scale of a microscaling format has eight bits of exponent and none of mantissa: it is a power of two. The exponent
 bits of a float32 are already that, so masking out the others rounds down to a power of two, exactly.
@@ -92,3 +92,14 @@ def power_of_two(x, rule="floor"):
         raise ValueError(f"rule={rule!r} is unknown; choose floor, nearest or ceil")
     x = (x * SQRT2 if rule == "nearest" else x).clamp(min=torch.finfo(torch.float32).tiny)
     return (x.contiguous().view(torch.int32) & EXPONENT_BITS).view(torch.float32)
+
+
+def mx_scale(largest):
+    """The scale of a block of MXFP4 by the rule of the OCP specification: 2**(floor(log2 largest) - 2).
+
+    largest: float32, the largest magnitude of a block.  Returns float32, no smaller than 2**-127, as E8M0 ends there.
+
+    >>> mx_scale(torch.tensor([0.75, 4.0, 7.9])).tolist()
+    [0.125, 1.0, 1.0]
+    """
+    return (power_of_two(largest) / 4).clamp(min=2.0**-127)
