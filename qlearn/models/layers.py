@@ -51,6 +51,30 @@ def replace_layers(model, replacements):
             model.set_submodule(name, replacements[module])
 
 
+def turn_linear_layers(model, cls, skip=SKIP, **options):
+    """Turn the linear layers of a model into a class derived from nn.Linear, in place; they keep their parameters.
+
+    cls: takes (in_features, out_features, bias, device=..., **options).  skip: layers to leave out.
+    Returns the new layers, a list.  Raises ValueError for a model without linear layers.
+
+    >>> class Loud(nn.Linear):
+    ...     def forward(self, x):
+    ...         return 10 * super().forward(x)
+    >>> model = nn.Sequential(nn.Linear(2, 1))
+    >>> weight = model[0].weight
+    >>> turn_linear_layers(model, Loud)
+    [Loud(in_features=2, out_features=1, bias=True)]
+    >>> model[0].weight is weight
+    True
+    """
+    layers = linear_layers(model, skip)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer to train with skip={skip}; skip fewer")
+    replacements = {layer: _turned(layer, cls, options) for layer in layers.values()}
+    replace_layers(model, replacements)
+    return list(replacements.values())
+
+
 def matches(name, patterns):
     """Whether a dotted name is one of the patterns, ends with one, or fits one with wildcards.
 
@@ -101,6 +125,13 @@ def kinds(names):
     ['layers.*.experts.*.up_proj', 'layers.*.up_proj']
     """
     return sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names})
+
+
+def _turned(layer, cls, options):
+    """A layer of another class with the parameters of a linear layer."""
+    new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta", **options)
+    new.weight, new.bias = layer.weight, layer.bias
+    return new.train(layer.training)
 
 
 def _is_linear(module):

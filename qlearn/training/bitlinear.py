@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlearn.methods.ternary import EPSILON, absmean, signs
-from qlearn.models.layers import SKIP, linear_layers, replace_layers
+from qlearn.models.layers import SKIP, turn_linear_layers
 
 ROUNDING = {"b158": absmean, "b1": signs}
 QMIN, QMAX = -128, 127
@@ -81,10 +81,7 @@ def to_bitlinear(model, kind="b158", skip=SKIP):
     Returns the model.  Raises ValueError for another kind, and for a model without linear layers.
     """
     check_kind(kind)
-    layers = linear_layers(model, skip)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to train with skip={skip}; skip fewer")
-    replace_layers(model, {layer: _like(layer, kind) for layer in layers.values()})
+    turn_linear_layers(model, BitLinear, skip, kind=kind)
     return model
 
 
@@ -103,10 +100,3 @@ def check_kind(kind):
     """Raise ValueError unless there is such a rounding."""
     if kind not in ROUNDING:
         raise ValueError(f"kind={kind!r} is unknown; choose from {', '.join(ROUNDING)}")
-
-
-def _like(layer, kind):
-    """A BitLinear with the parameters of a linear layer."""
-    new = BitLinear(layer.in_features, layer.out_features, layer.bias is not None, kind, device="meta")
-    new.weight, new.bias = layer.weight, layer.bias
-    return new.train(layer.training)

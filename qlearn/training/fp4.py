@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlearn.models.layers import SKIP, linear_layers, replace_layers
+from qlearn.models.layers import SKIP, turn_linear_layers
 from qlearn.rotation import hadamard_matrix
 from qlearn.training.low_precision import FP8, MXFP4, MXFP8, NVFP4, Int4, LogFP4, QuEST, Rounded, Unclipped
 
@@ -146,10 +146,8 @@ def to_low_precision(model, scheme, skip=SKIP):
     if scheme == "bf16":
         return model
     get_scheme(scheme)
-    layers = linear_layers(model, skip)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to train with skip={skip}; skip fewer")
-    replace_layers(model, {layer: _like(layer, scheme) for layer in layers.values()})
+    for layer in turn_linear_layers(model, LowPrecisionLinear, skip, scheme=scheme):
+        layer.make_rotations(layer.weight.device)
     model.register_forward_pre_hook(draw_signs)
     return model
 
@@ -279,11 +277,3 @@ def scaled_mm(a, b, a_factor, b_factor, kind):
 def has_fp8_units(device):
     """Whether that device multiplies FP8: NVIDIA's from Ada and Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _like(layer, scheme):
-    """A LowPrecisionLinear with the parameters of a linear layer."""
-    new = LowPrecisionLinear(layer.in_features, layer.out_features, layer.bias is not None, scheme, device="meta")
-    new.weight, new.bias = layer.weight, layer.bias
-    new.make_rotations(layer.weight.device)
-    return new.train(layer.training)

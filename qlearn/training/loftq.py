@@ -149,6 +149,3 @@ def _adapter(base, A, B, alpha, dropout):
     layer.A.data.copy_(A * by)
     layer.B.data.copy_(B * by)
     return layer
-
-
-__all__ = ["add_loftq", "loftq", "low_rank"]
