@@ -230,7 +230,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     earlier = json.loads(options.resume.read_text()) if options.resume else {}
     record = read("weights_only") if options.only else {}
-    record |= provenance("python -m qlearn.bench.weights_only") | {"group_size": GROUP_SIZE}
+    command = "python -m qlearn.bench.weights_only" + (" --resume FILE" if options.resume else "")
+    record |= provenance(command) | {"group_size": GROUP_SIZE}
     for part in options.only or PARTS:
         record[part] = list(earlier.get(part, []))
         if record[part] and part in ("unquantized", "sizes", "layers", "times"):

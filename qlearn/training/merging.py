@@ -176,6 +176,3 @@ def _linear(layer, weight, dtype, bias=None):
     new.weight = nn.Parameter(summed.to(dtype or weight.dtype), requires_grad=False)
     new.bias = bias
     return new.train(layer.training)
-
-
-__all__ = ["Merged", "measure", "merge", "merge_onto", "trained_on"]
