@@ -37,8 +37,8 @@ from qlearn.training.pretrain import CONTEXT, PEAK_LR, held_out_loss, linear, ma
 from qlearn.training.tokens import load_tokens
 
 WIDTHS = (256, 384, 512)
-TOKENS = (25_000_000, 50_000_000, 100_000_000)
-BATCH = 32  # windows of 1,024 tokens in a step; with 64, the smallest number of tokens is too few steps to learn from
+TOKENS = (8_000_000, 20_000_000, 50_000_000)
+BATCH = 16  # windows of 1,024 tokens in a step; with 64, the smallest number of tokens is too few steps to learn from
 ALL = ("bf16", *SCHEMES)
 
 
@@ -87,7 +87,7 @@ def run(width, scheme, tokens, budgets=TOKENS, batch=BATCH, device="cuda", compi
 def steps_for(budget, batch=BATCH):
     """How many steps a number of tokens is.
 
-    >>> steps_for(100_000_000)
+    >>> steps_for(50_000_000)
     3052
     """
     return max(1, round(budget / (batch * CONTEXT)))
