@@ -48,6 +48,13 @@ def with_quantized_scales():
     return QuantizedTensor.from_codes(codes, scales, Integers(4, signed=False), (1, 8), zeros=zeros)
 
 
+def in_tables():
+    """Codes that are looked up, and codes packed five to a byte."""
+    yield qlearn.quantize(weight(), "nf4", 4, group_size=8, double_quant=True)
+    yield qlearn.quantize(weight(), "ternary", bits=1.6, group_size=8)
+    yield qlearn.quantize(weight(), "mxfp4", group_size=32)
+
+
 @pytest.mark.parametrize("qt", samples(), ids=repr)
 def test_save_and_load_give_the_same_bytes(qt, tmp_path):
     path = tmp_path / "weight.safetensors"
@@ -127,6 +134,13 @@ def test_to_moves_every_tensor():
         moved = qt.to("meta")
         assert all(t.device.type == "meta" for t in moved.state_tensors().values())
         assert moved.state_tensors().keys() == qt.state_tensors().keys()
+
+
+@pytest.mark.parametrize("qt", samples() + list(in_tables()), ids=repr)
+def test_another_device_is_not_waited_for(qt):
+    """The device "meta" has no values, so whoever asks for one fails: here, the same would wait for a GPU."""
+    there = qt.to("meta").dequantize()
+    assert there.device.type == "meta" and there.shape == qt.shape and there.dtype == torch.float32
 
 
 def test_dequantize_to_another_dtype():

@@ -273,7 +273,7 @@ def main(argv=None):
     """Run everything, print a table, write the record."""
     parser = argparse.ArgumentParser(description="Full fine-tuning, LoRA, QLoRA and LoftQ on one task.")
     parser.add_argument("--out", type=Path, default=Path("adapters.json"), help="file to write")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=8, help="trainings at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

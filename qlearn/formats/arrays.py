@@ -93,17 +93,40 @@ def check_codes(codes, low, high):
     return codes
 
 
-def look_up(table, codes):
-    """Return table[codes] of the kind and on the device of the codes; the NumPy table has an entry for each code.
+def check_stored(codes, low, high):
+    """As check_codes, but codes that lie on another device are trusted.
 
-    >>> look_up(np.array([0.5, 2.0]), [1, 0]).tolist()
+    Looking at them would wait for all the work that is queued there, each time that a layer decodes its weights. They
+    were checked when they were made, on the CPU.
+    """
+    return codes if is_tensor(codes) and codes.device.type != "cpu" else check_codes(codes, low, high)
+
+
+class Table:
+    """A number for each code. A copy stays on every device that has asked: sending it anew would wait for the device.
+
+    numbers: 1-D NumPy array.
+
+    >>> Table(np.array([0.5, 2.0])).look_up([1, 0]).tolist()
     [2.0, 0.5]
     """
-    codes, restore = native(codes)
-    codes = check_codes(codes, 0, len(table) - 1)
-    if is_tensor(codes):
-        return sys.modules["torch"].from_numpy(table).to(codes.device)[codes.long()]
-    return restore(np.take(table, codes))
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+        self._copies = {}
+
+    def look_up(self, codes):
+        """Return the number of each code, of the kind and on the device of the codes. ValueError as `check_stored`."""
+        codes, restore = native(codes)
+        codes = check_stored(codes, 0, len(self.numbers) - 1)
+        if is_tensor(codes):
+            return self._on(codes.device)[codes.long()]
+        return restore(np.take(self.numbers, codes))
+
+    def _on(self, device):
+        if device not in self._copies:
+            self._copies[device] = sys.modules["torch"].from_numpy(self.numbers).to(device)
+        return self._copies[device]
 
 
 def blockwise(function, x, dtype):

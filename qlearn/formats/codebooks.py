@@ -33,7 +33,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from qlearn.formats.arrays import as_floats, blockwise, look_up, to_numpy
+from qlearn.formats.arrays import Table, as_floats, blockwise, to_numpy
 from qlearn.formats.base import Format
 
 
@@ -85,15 +85,15 @@ class Codebook(Format):
         >>> NF4.decode([0, 7, 15]).tolist()
         [-1.0, 0.0, 1.0]
         """
-        return look_up(self._table, codes)
+        return self._table.look_up(codes)
 
     @cached_property
     def _table(self):
-        return np.array(self.values, dtype=np.float32)
+        return Table(np.array(self.values, dtype=np.float32))
 
     @cached_property
     def _midpoints(self):
-        exact = self._table.astype(np.float64)  # half the sum of two float32 is exact in float64
+        exact = self._table.numbers.astype(np.float64)  # half the sum of two float32 is exact in float64
         return (exact[:-1] + exact[1:]) / 2
 
     def _count_midpoints_below(self, x):

@@ -47,7 +47,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlearn.formats.arrays import as_floats, blockwise, check_codes, look_up, to_numpy
+from qlearn.formats.arrays import Table, as_floats, blockwise, check_codes, to_numpy
 from qlearn.formats.base import Format
 
 SPECIALS = ("ieee", "nan", "none")
@@ -177,7 +177,7 @@ class FloatFormat(Format):
         if self.bits > 16:
             codes, restore = self._checked(codes)
             return restore(blockwise(self._value, codes, np.float32))
-        return look_up(self._table, codes)
+        return self._table.look_up(codes)
 
     def round(self, x, mode="nearest", overflow=None, seed=None):
         """Return the number of the format that x becomes, as float32: decode(encode(x, ...))."""
@@ -317,7 +317,7 @@ class FloatFormat(Format):
 
     @cached_property
     def _table(self):
-        return self._value(self.codes)
+        return Table(self._value(self.codes))
 
     def _next(self, codes, upward):
         codes, restore = self._checked(codes)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlearn.formats.arrays import as_floats, check_codes, is_tensor, native, to_numpy
+from qlearn.formats.arrays import as_floats, check_codes, check_stored, is_tensor, native, to_numpy
 from qlearn.formats.base import Format
 
 TRITS_PER_BYTE = 5
@@ -74,7 +74,7 @@ def from_unsigned(codes, bits):
     [-8, -1, 0, 7]
     """
     codes, restore = native(codes)
-    codes = _as_uint8(check_codes(codes, *integer_range(bits, signed=False)))
+    codes = _as_uint8(check_stored(codes, *integer_range(bits, signed=False)))
     spare = 8 - bits  # lift the sign bit to the top of the byte; shifted back as a signed byte, it fills the spare bits
     return restore(_view_int8(codes << spare) >> spare)
 
@@ -163,7 +163,7 @@ def unpack_trits(packed, count):
     """
     size = -(-_check_count(count) // TRITS_PER_BYTE)
     packed, restore = native(packed)
-    packed = check_codes(_check_packed(packed, size, f"{count} trits"), 0, 3**TRITS_PER_BYTE - 1)
+    packed = check_stored(_check_packed(packed, size, f"{count} trits"), 0, 3**TRITS_PER_BYTE - 1)
     digits = _zeros(packed, len(packed), TRITS_PER_BYTE)
     for place in range(TRITS_PER_BYTE):
         digits[:, place] = packed // 3**place % 3
@@ -209,15 +209,15 @@ class Integers(Format):
 
     def to_unsigned(self, codes):
         """Return integers of the range as they are stored, uint8; ValueError when one is out of range."""
-        return to_unsigned(codes, self.bits) if self.signed else self._unchanged(codes)
+        return to_unsigned(codes, self.bits) if self.signed else self._unchanged(codes, check_codes)
 
     def from_unsigned(self, codes):
         """Return stored codes as integers of the range: int8, or uint8 where the format is unsigned."""
-        return from_unsigned(codes, self.bits) if self.signed else self._unchanged(codes)
+        return from_unsigned(codes, self.bits) if self.signed else self._unchanged(codes, check_stored)
 
-    def _unchanged(self, codes):
+    def _unchanged(self, codes, check):
         codes, restore = native(codes)
-        return restore(_as_uint8(check_codes(codes, *integer_range(self.bits, signed=False))))
+        return restore(_as_uint8(check(codes, *integer_range(self.bits, signed=False))))
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class Trits(Format):
     def from_unsigned(self, codes):
         """Return stored codes as trits: int8."""
         codes, restore = native(codes)
-        return restore(_view_int8(_as_uint8(check_codes(codes, 0, 2)) - 1))
+        return restore(_view_int8(_as_uint8(check_stored(codes, 0, 2)) - 1))
 
     def pack(self, codes):
         """Return codes of any shape as bytes: see `pack_trits`."""
@@ -262,7 +262,8 @@ class Trits(Format):
 
     def unpack(self, packed, count):
         """Return the first `count` codes of packed bytes, uint8: see `unpack_trits`."""
-        return self.to_unsigned(unpack_trits(packed, count))
+        trits, restore = native(unpack_trits(packed, count))
+        return restore(_as_uint8(trits + 1))
 
     def packed_size(self, count):
         """Return how many bytes `count` codes take: one for every five."""
