@@ -75,14 +75,14 @@ class LlamaCpp:
         options = ["-c", context, "-b", context, "--chunks", chunks, "-t", 1, "--no-ppl", *options]
         self.run("llama-imatrix", "-m", model, "-f", text, "-o", target, *options)
 
-    def complete(self, model, prompt, tokens):
+    def complete(self, model, prompt, tokens, options=()):
         """The greedy continuation of a prompt, a str."""
         with tempfile.NamedTemporaryFile("w", newline="", encoding="utf-8") as file:
             file.write(prompt)
             file.flush()
             command = [
                 str(self.folder / "llama-completion"), "-m", str(model), "-f", file.name, "-n", str(tokens), "-t", "1",
-                "--temp", "0", "-no-cnv", "--no-display-prompt", "--no-warmup", "--no-escape",
+                "--temp", "0", "-no-cnv", "--no-display-prompt", "--no-warmup", "--no-escape", *options,
             ]  # fmt: skip
             for _ in range(ATTEMPTS):
                 done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=True)

@@ -99,3 +99,10 @@ def test_the_same_greedy_text_of_a_quantized_file_but_for_close_decisions(llama,
     model, tokenizer = read_gguf(path)
     gaps = [gguf_files.gap(llama, path, model, tokenizer, prompt, 48) for prompt in gguf_files.PROMPTS]
     assert gaps.count(0.0) >= 8 and max(gaps) < np.log(1.1)
+
+
+def test_llama_cpp_does_not_write_the_same_greedy_text_twice_either(llama, tmp_path):
+    """Attention in float16, its default, or in float32: as many of the texts part as between it and this package."""
+    path = write_gguf(tiny.model("bundled"), tiny.tokenizer(), tmp_path / "model.gguf", "Q8_0", progress=False)
+    texts = [[llama.complete(path, prompt, 48, options) for prompt in gguf_files.PROMPTS] for options in ((), FLOAT32)]
+    assert 0 < sum(a != b for a, b in zip(*texts, strict=True)) <= 4
