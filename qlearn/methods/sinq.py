@@ -19,7 +19,7 @@ No calibration text is needed. In a product with inputs, mu1 can go to the input
 smaller. But which columns are small? Those that read large inputs, on the whole: in the bundled model the size of a
 column and of what it reads have a rank correlation of -0.2 to -0.4, in all kinds of layers but k. So errors are moved
 to where inputs are small. At 3 bits in groups of 64 the weights of each kind are off by as much as before, 19 to 20 %,
-and the outputs by 3 to 16 % less than before, in all kinds of layers but k (measured by `bench/weights_only.py`).
+and the outputs by 3 to 16 % less than before, in all kinds of layers but k (`bench/results/weights_only.json`).
 
 **Tiles.** A tile is all rows of g consecutive columns, g the group size, so a group is a row of a tile and mu1 has one
 number for each column of the matrix. With `tile_rows` the rows are cut into bands too; each band has a mu1 of its own,

@@ -225,6 +225,3 @@ def _nbytes(module, seen):
             seen.add(id(tensor))
             total += tensor.nbytes
     return total
-
-
-__all__ = ["Machine", "Pieces", "Plan", "cache_bytes_per_token", "pieces", "plan"]
