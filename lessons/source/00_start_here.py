@@ -181,6 +181,9 @@ course.hint("start_here.packed_size")
 # | 06 | [GPTQ and AWQ](06_gptq.ipynb) | 100 | round one weight, let the others make up for it |
 # | 07 | [GGUF to the byte](07_gguf.ipynb) | 100 | files of llama.cpp: blocks, scales of scales, Q4_K_M, imatrix, offloading |
 # | 08 | [BitNet](08_bitnet.ipynb) | 80 | weights of −1, 0, 1, trained as such; products without multiplying |
+# | 09 | [FP4 training](09_fp4_training.ipynb) | 120 | gradients in sixteen numbers; what a rotation does; a scaling law and what it knows |
+# | 10 | [SINQ](10_sinkhorn.ipynb) | 85 | two scales for every weight; what Hadamard, HQQ and NF4 do; all methods at true bits |
+# | 11 | [Adapters](11_adapters.ipynb) | 90 | a small matrix learns beside a frozen one; QLoRA, LoftQ, merging |
 #
 # More lessons follow. Each asks you to predict, works a small case by hand, climbs from a Python loop to fast code, compares with an independent
 # implementation, lets you drag what matters, and ends on the model. On the way you build one sentence: *a format is a grid of numbers, and

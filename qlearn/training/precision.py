@@ -24,8 +24,8 @@ parameters count. Under "tokens" it is the other way round.
 **Speeds** are those that Quartet's authors report for their kernels on one GPU, an RTX 5090: FP4 is 2 times as fast as
 FP8 and 4 times as BF16 in a forward pass, and 1.6 and 2.9 times in training; what that leaves for the backward pass is
 computed here. Elsewhere they differ.
-**Efficiencies** are fitted to the published losses (`measured`). FP8 is taken to lose nothing; there are no runs of it
-here. BF16, which is slower and then no better, is never the choice.
+**Efficiencies** are fitted to the published losses (`measured`). FP8 is taken to lose nothing; none of the
+published runs is in it. BF16, which is slower and then no better, is never the choice.
 
 Source: Castro et al., Quartet, arXiv 2505.14669, the sections on the scaling law and on speed.
 """

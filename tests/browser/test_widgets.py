@@ -39,12 +39,16 @@ BOARD = "course.board.add('absmax', 4.25, 2.1)\ncourse.board.show()"
 HEX = "view = course.widgets.hex_view(types=['Q4_K', 'Q4_0'])\nview.select('scales[5]')\nview"
 TEXT = "course.widgets.text_breaker(lambda bits: (f'text at {bits} bits', bits), bits=(2, 8))"
 TERNARY = "course.widgets.ternary_explorer()"
+BALANCING = "course.widgets.balancing_explorer()"
+ROTATION = "course.widgets.rotation_explorer()"
+RANK = "course.widgets.rank_explorer()"
 
 
 @pytest.fixture(scope="module")
 def lab(shared_lab):
     return shared_lab.write(
-        "widgets.ipynb", PLOT, BITS, LEARNER, QUESTION, ANSWER, TABLE, BOARD, TEXT, HEX, TERNARY
+        "widgets.ipynb",
+        *(PLOT, BITS, LEARNER, QUESTION, ANSWER, TABLE, BOARD, TEXT, HEX, TERNARY, BALANCING, ROTATION, RANK),
     ).run_all()
 
 
@@ -189,6 +193,42 @@ def test_a_threshold_is_dragged_and_the_value_chosen(lab):
     before = pixels(image)
     output.locator("select").select_option("the mean of what is not 0")
     expect(note).to_contain_text("0 below 50 % of the mean magnitude: 34 % are -1, 31 % are 0, 35 % are 1; a is 1.33")
+    assert pixels(image) != before
+
+
+def test_a_matrix_is_balanced_step_by_step(lab):
+    output = lab.output(10)
+    note, image = output.locator(".qlive-note"), output.locator("img")
+    expect(note).to_contain_text("a row and a column, 20 times as large, step 0: imbalance 74.39")
+    lab.drag(output.locator(".noUi-target").first, to=4 / 15)
+    expect(note).to_contain_text("step 4: imbalance 2.35")
+    before = pixels(image)
+    output.locator("select").select_option("a column")
+    expect(note).to_contain_text("a column, 20 times as large, step 4: imbalance 2.15")
+    assert pixels(image) != before
+
+
+def test_an_outlier_is_dragged_and_the_scale_chosen(lab):
+    output = lab.output(11)
+    note, image = output.locator(".qlive-note"), output.locator("img")
+    expect(note).to_contain_text("outlier 8, MXFP4: 11 of 32 become 0")
+    lab.drag(output.locator(".noUi-target"), to=1.0)
+    expect(note).to_contain_text("outlier 64, MXFP4: 31 of 32 become 0")
+    before = pixels(image)
+    output.locator("select").select_option("QuEST: by the standard deviation")
+    expect(note).to_contain_text("outlier 64, QuEST: 20 of 32 become 0")
+    assert pixels(image) != before
+
+
+def test_a_rank_is_dragged_and_the_change_chosen(lab):
+    output = lab.output(12)
+    note, image = output.locator(".qlive-note"), output.locator("img")
+    expect(note).to_contain_text("rank 4, and noise, 128 x 256, rank 16: A and B have 6,144 numbers")
+    lab.drag(output.locator(".noUi-target"), to=3 / 13)
+    expect(note).to_contain_text("rank 4, and noise, 128 x 256, rank 4: A and B have 1,536 numbers, 6,144 bytes")
+    before = pixels(image)
+    output.locator("select").select_option("noise")
+    expect(note).to_contain_text("noise, 128 x 256, rank 4: A and B have 1,536 numbers")
     assert pixels(image) != before
 
 

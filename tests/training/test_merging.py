@@ -1,6 +1,7 @@
 """Merging: the right sum computes what the adapters did, within what rounding allows, and the wrong ones do not."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qlearn.models import QuantLinear
 from qlearn.models.quantize import linear_layers
 from qlearn.training.loftq import add_loftq
 from qlearn.training.lora import LoraLinear, add_lora, lora_layers
-from qlearn.training.merging import measure, merge, merge_onto, trained_on
+from qlearn.training.merging import arrived, measure, merge, merge_onto, trained_on
 from tests.models.conftest import FAMILIES
 
 IDS = torch.arange(64).view(4, 16)
@@ -173,6 +174,53 @@ def test_the_report_counts_labels_alone():
     assert rows["W + BA"].logit_error == pytest.approx((found - expected).square().mean().sqrt().item(), rel=1e-5)
     by_hand = nn.functional.cross_entropy(found.flatten(0, 1), IDS[:, 5:].flatten()).item()
     assert rows["W + BA"].loss == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("skipped", [(), ("lm_head", "*down_proj")], ids=["all layers", "one kind has none"])
+def test_how_much_of_the_change_arrives(skipped):
+    """All of it in the right sum, and the sum of the errors' share in the wrong one, by hand, layer by layer."""
+    model, original = make(), make()
+    quantize_model(model, "absmax", bits=2, group_size=16, progress=False)
+    add_lora(model, r=4, skip=skipped or ("lm_head",))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.B, std=0.02)
+    rows = {row.name: row.arrived for row in measure(model, original, batches(), "absmax", bits=2, group_size=16)}
+    assert rows["adapters"] == pytest.approx(1, abs=1e-12) and rows["Q + BA"] == pytest.approx(1, abs=1e-5)
+    layers = {
+        name: (trained_on(layer), layer.change(), original.get_submodule(name).weight)
+        for name, layer in lora_layers(model).items()
+    }
+    size = sum(D.square().sum() for Q, D, W in layers.values())
+    expected = 1 + sum(((W - Q) * D).sum() for Q, D, W in layers.values()) / size
+    assert rows["W + BA"] == pytest.approx(expected.item(), rel=1e-4)
+    for name, sums in (("Q", [Q + D for Q, D, W in layers.values()]), ("W", [W + D for Q, D, W in layers.values()])):
+        again = [quantize(total, "absmax", bits=2, group_size=16).dequantize() for total in sums]
+        of = zip(again, layers.values(), strict=True)
+        expected = sum(((R - Q) * D).sum() for R, (Q, D, W) in of) / size
+        assert rows[f"quantize({name} + BA)"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_small_change_on_the_grid_is_lost_and_one_beside_it_arrives_on_average():
+    """Rounding to whole numbers, a change of 0.1: on the grid nothing moves; of ten even places one passes an edge."""
+    layer = LoraLinear(nn.Linear(11, 1, bias=False), r=1, alpha=1)
+    W = torch.cat([torch.arange(10) / 10 + 0.05, torch.tensor([7.0])])  # absmax, 4 bits: the scale is 7 / 7
+    Q = W.round()
+    layer.base.weight.data, layer.A.data = Q[None].clone(), torch.full((1, 11), 0.1)
+    layer.A.data[0, -1] = 0
+    layer.B.data.fill_(1.0)
+    model = nn.Sequential(layer)
+    found = {}
+    for name, start in (("Q", Q), ("W", W)):
+        rounded = quantize(start[None] + layer.change(), "absmax", bits=4, scale_dtype=torch.float32)
+        found[name] = arrived(nn.Sequential(QuantLinear(rounded)), model)
+    assert found == {"Q": 0.0, "W": pytest.approx(1, rel=1e-6)}
+
+
+def test_of_no_change_no_share_arrives():
+    model = add_lora(make(), r=2)
+    assert math.isnan(arrived(make(), model))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no adapters to merge"):
+        arrived(make(), make())
 
 
 def test_nothing_to_merge():
