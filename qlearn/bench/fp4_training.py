@@ -5,7 +5,7 @@
     python -m qlearn.bench.fp4_training --merge runs/ --out results/
 
 The first command makes the corpus of the bundled model into tokens. The second trains every model of `WIDTHS` with
-every scheme (`training/fp4.py`) and every number of tokens, spread over all GPUs it finds, and writes a file for each
+six schemes (`COMPARED`; `training/fp4.py` has more) and every number of tokens, spread over all GPUs it finds, and writes a file for each
 width and scheme, a row at a time; rows that are there already are not made again, so it may be stopped and started. The
 third makes one file of them all.
 
@@ -40,6 +40,7 @@ WIDTHS = (256, 384, 512)
 TOKENS = (8_000_000, 20_000_000, 50_000_000)
 BATCH = 16  # windows of 1,024 tokens in a step; with 64, the smallest number of tokens is too few steps to learn from
 ALL = ("bf16", *SCHEMES)
+COMPARED = ("bf16", "fp8", "quartet_sr", "quartet_rtn", "naive_fp4", "luq")  # those of the committed results
 
 
 def peak_rate(width):
@@ -161,7 +162,7 @@ def main(argv=None):
     parser.add_argument("--tokens", help="the file that `python -m qlearn.training.tokens` has made")
     parser.add_argument("--runs", default="runs", help="folder for one file a width and scheme")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--schemes", choices=ALL, nargs="+", default=ALL)
+    parser.add_argument("--schemes", choices=ALL, nargs="+", default=COMPARED)
     parser.add_argument("--budgets", type=int, nargs="+", default=TOKENS, help="numbers of tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the weights at the start and of the rounding")
     parser.add_argument("--each", type=int, default=1, help="processes on each GPU at a time")

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from qlearn.bench import fp4_training
+from qlearn.bench import fp4_training, results
 from qlearn.bench.fp4_training import merge, read_rows, run, run_and_write, run_file
 
 
@@ -31,15 +31,16 @@ def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     def one(width, scheme, tokens, budgets, seed):
         for n in budgets:
             made.append(n)
-            yield {"scheme": scheme, "width": width, "steps": n // 32768, "tokens": n, "seed": seed, "curve": []}
+            steps = fp4_training.steps_for(n)
+            yield {"scheme": scheme, "width": width, "steps": steps, "tokens": n, "seed": seed, "curve": []}
 
     monkeypatch.setattr(fp4_training, "run", one)
-    options = argparse.Namespace(runs=tmp_path, seed=0, tokens="t.npz", budgets=[32768])
+    options = argparse.Namespace(runs=tmp_path, seed=0, tokens="t.npz", budgets=[16384])
     run_and_write(256, "luq", options)
-    options.budgets = [32768, 65536]
+    options.budgets = [16384, 32768]
     run_and_write(256, "luq", options)
     run_and_write(256, "bf16", options)
-    assert made == [32768, 65536, 32768, 65536]
+    assert made == [16384, 32768, 16384, 32768]
     assert [row["steps"] for row in read_rows(run_file(tmp_path, 256, "luq"))] == [1, 2]
     rows = merge(tmp_path)["rows"]
     assert [(r["scheme"], r["steps"]) for r in rows] == [("bf16", 1), ("luq", 1), ("bf16", 2), ("luq", 2)]
@@ -52,3 +53,40 @@ def test_what_is_missing_is_told(tmp_path, capsys):
     with pytest.raises(SystemExit):
         fp4_training.main(["--tokens", "none.npz"])
     assert "there is no file none.npz; python -m qlearn.training.tokens" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The committed losses: dict (width, scheme) -> losses with 8, 20 and 50 million tokens."""
+    record = results.read("fp4_training")
+    assert record["gpu"] and record["date"] and record["torch"]
+    found = {}
+    for row in record["rows"]:
+        if row["seed"] == 0:
+            assert row["steps"] in [fp4_training.steps_for(n) for n in fp4_training.TOKENS]
+            found.setdefault((row["width"], row["scheme"]), []).append(row["loss"])
+    return found
+
+
+def test_every_width_and_scheme_was_trained_and_more_text_helps(trained):
+    assert set(trained) == {(width, scheme) for width in fp4_training.WIDTHS for scheme in fp4_training.COMPARED}
+    for losses in trained.values():
+        assert losses == sorted(losses, reverse=True) and len(losses) >= 2
+
+
+@pytest.mark.parametrize("width", [384, 512])
+def test_quartet_is_between_bfloat16_and_plain_rounding_at_the_wider_models(trained, width):
+    for n in range(3):
+        bf16, rtn, sr, naive, luq = (
+            trained[width, scheme][n] for scheme in ("bf16", "quartet_rtn", "quartet_sr", "naive_fp4", "luq")
+        )
+        assert bf16 < min(rtn, sr) and max(rtn, sr) < naive < luq
+
+
+def test_fp8_products_are_faster_but_rounding_costs_much_of_it():
+    record = results.read("fp8_speed")
+    assert record["gpu"] and record["tokens"] == 8192 and len(record["layers"]) == 4
+    for layer in record["layers"].values():
+        for row in layer["products"]:
+            assert row["ms"]["fp8"] < row["ms"]["bf16"] and row["ms"]["fp8"] < row["ms"]["fp8_all"]
+            assert 0.02 < row["relative_error"] < 0.08
