@@ -5,9 +5,9 @@
     python -m qlearn.bench.fp4_training --merge runs/ --out results/
 
 The first command makes the corpus of the bundled model into tokens. The second trains every model of `WIDTHS` with
-six schemes (`COMPARED`; `training/fp4.py` has more) and every number of tokens, spread over all GPUs it finds, and writes a file for each
-width and scheme, a row at a time; rows that are there already are not made again, so it may be stopped and started. The
-third makes one file of them all.
+six schemes (`COMPARED`; `training/fp4.py` has more) and every number of tokens, spread over all GPUs it finds, and
+writes a file for each width and scheme, a row at a time; rows that are there already are not made again, so it may be
+stopped and started. The third makes one file of them all.
 
 The architecture is the bundled model's (`pretrain.make_model`), wider; N is the number of parameters in its linear
 layers, which is what scaling laws count. All runs of a width see the same batches in the same order, with the same
