@@ -31,6 +31,7 @@ import qlearn
 from qlearn import course
 from qlearn.evaluate.completions import complete
 from qlearn.formats.codebooks import NF4
+from qlearn.models.layers import linear_layers
 from qlearn.models.linear import QuantLinear
 from qlearn.training import finetune, lora_files, training_memory
 from qlearn.training.adapters_task import pairs
@@ -43,8 +44,8 @@ course.predict("loss of W + adapter, in % of that of Q + adapter", low=0, high=3
 # %% [markdown]
 # ## A task that the model cannot do
 #
-# Our model has read much Python, but few sentences that say exactly what the next line does. These are put together from parts, and each has
-# one right answer:
+# Our model has read much Python, but few sentences that say exactly what the next line does. These are put together from parts, and for each we
+# count one answer as right, character by character:
 
 # %% tags=["nbval-check-output"]
 trained, held_out = pairs(2000), pairs(40, held_out=True)
@@ -80,8 +81,8 @@ assert D.tolist() == [[2, 0, 1, -1], [-2, 0, -1, 1], [0, 0, 0, 0], [4, 0, 2, -2]
 course.table(W=W, change=D, sum=W + D)
 
 # %% [markdown]
-# Nine numbers have changed, and eight say how; in a larger matrix the two are far apart. The price is that every row of D is a multiple of A, and
-# every column one of B. That is **rank 1**. With r rows in A and r columns in B, D is a sum of r such matrices, of rank r at most.
+# Nine numbers have changed, and eight say how; in a larger matrix the two are far apart. The price is that every row of D is a multiple of A, and every column a multiple of B. That is
+# **rank 1**. With r rows in A and r columns in B, D is a sum of r such matrices, of rank r at most.
 #
 # D itself need never be made. W x and B (A x) are added, and A x is a single number here:
 
@@ -103,7 +104,7 @@ for rows, columns, r in ((4, 4, 1), (256, 768, 16), (8192, 8192, 64)):
 # %% [markdown]
 # The larger the matrix, the cheaper. In our small model rank 16 is not so low.
 #
-# ## Why B starts at zero
+# ## Why one of them starts at zero
 #
 # At first the adapter should change nothing, so B A has to be 0. Which of the two is zero, or both? Let a gradient g arrive at
 # y = W x + B (A x). By the chain rule B gets g (A x)ᵀ, and A gets (Bᵀ g) xᵀ. Each one's gradient contains the other:
@@ -120,11 +121,11 @@ for name, (a, b) in starts.items():
     assert (name == "both are") == (not of_B.any() and not of_A.any())
 
 # %% [markdown]
-# Two zeros never learn anything. With one zero, that one moves in the first step, and both from the second on. LoRA draws A at random and sets B
-# to zero.
+# Two zeros never learn anything. With one zero, that one moves in the first step, and both from the second on. Either would do; LoRA draws A at
+# random and sets B to zero.
 #
-# There is one more factor: y = W x + **(alpha / r)** B A x. With r twice as large, twice as many summands change y; the factor makes up for it, so
-# that one learning rate does for several ranks. Autograd agrees with the chain rule, for many tokens, whose gradients add up:
+# There is one more factor: y = W x + **(alpha / r)** B A x. With r twice as large, twice as many summands change y, and the factor is meant to make
+# up for it. (In our trainings alpha is r, so it is 1.) Autograd agrees with the chain rule, for many tokens, whose gradients add up:
 
 # %% tags=["nbval-check-output"]
 generator = torch.Generator().manual_seed(0)
@@ -179,7 +180,8 @@ for result in found.values():
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 # %% [markdown]
-# All agree, up to the order of their sums. In a forward pass thin or thick is no great matter. But in training the thick way makes D for each layer
+# All agree, up to the order of their sums. For 512 tokens at once thin or thick is no great matter; for a single one, making D would
+# be most of the work. And in training the thick way makes D for each layer
 # and each step, and needs a gradient of D's size.
 #
 # ## What a training holds
@@ -193,7 +195,7 @@ adapters = {"learning": 0.8e9, "learning_bits": 16}
 needs = {
     "full": training_memory.by_formula(65.2e9, bits=16),
     "LoRA": training_memory.by_formula(65.2e9, bits=16, **adapters),
-    "QLoRA": training_memory.by_formula(65.2e9, bits=4.127, **adapters),
+    "QLoRA": training_memory.by_formula(65.2e9, bits=4.127, **adapters),  # codes and scales, see below
 }
 print("GB      weights gradients optimizer  together")
 for name, memory in needs.items():
@@ -203,8 +205,9 @@ assert needs["full"].total == 65.2e9 * (2 + 2 + 8) and needs["QLoRA"].total < 48
 
 # %% [markdown]
 # With adapters gradients and states nearly vanish, and the frozen weights are what is left. So store *these* in few bits: that is **QLoRA**
-# (2023), and it fits on one card of 48 GB. Codes cannot learn, and need not: a gradient only has to pass *through* them, to the adapters
-# of the layers before. (What the formula leaves out, **activations**, comes on top. It grows with the texts.)
+# (2023), and it fits on one card of 48 GB. The codes get no gradient
+# (lesson 05's way keeps floats beside them), and need none: it only has to pass *through*, to the layers before. (What the formula leaves out,
+# **activations**, grows with the texts, and has to fit beside.)
 #
 # ## NF4
 #
@@ -223,8 +226,8 @@ assert uses.max() > 3 * uses.min()
 picture
 
 # %% [markdown]
-# The outer ones are used less. Each group is divided by its largest weight, and of 64 normally distributed ones the largest lies far out, so the ends
-# are there for few.
+# The outer ones are used less. Each group is divided by its largest weight, and of 64 normally distributed ones the largest lies far out, so few weights
+# reach the outer values, whatever the model.
 #
 # A float32 scale for 64 weights is half a bit a weight. **Double quantization** takes the mean off all scales, and stores each in 8 bits, with one
 # float32 step for 256 of them:
@@ -249,11 +252,12 @@ for name, options in (("nf4", {"double_quant": True}), ("absmax", {}), ("zero_po
 assert errors["absmax"] > 1.1 * errors["nf4"] and 0.95 < errors["zero_point"] / errors["nf4"] < 1.05
 
 # %% [markdown]
-# It is good, and the smallest here. For a little more, others are as good: lesson 03's zero-point, and lesson 10's SINQ.
+# It takes the fewest bits, thanks to scales of 8 bits. With 16-bit scales, and a little more, lesson 03's zero-point and lesson 10's SINQ err as
+# little.
 #
 # ## What the backward pass keeps
 #
-# Here is a trap for those who write such a layer. The gradient of its input is g W, so autograd keeps W from the forward pass to the backward
+# A mistake is easily made by those who write such a layer. The gradient of its input is g W, so autograd keeps W from the forward pass to the backward
 # pass. If the layer dequantizes its codes and multiplies, this W is a float matrix, and at the end of a forward pass the floats of *all* layers
 # lie in memory. How many bytes does one layer leave behind?
 
@@ -278,8 +282,9 @@ print(f"kept besides: {plainly:,} bytes by a plain product, {kept(quantized)} by
 assert plainly == 4 * W.numel() and kept(quantized) == 0
 
 # %% [markdown]
-# Nearly eight times what is stored, and nothing. The package's product keeps the codes, which are there anyway, and dequantizes a second time when the
-# gradient arrives. The numbers are the same; it costs some time.
+# The plain product keeps nearly eight times what is stored, the package's keeps nothing: it holds on to the codes, which are there anyway, and
+# dequantizes a second time when the gradient arrives. The numbers are the same; it costs some time. (Our counter sees what is handed to autograd,
+# and not what hangs on `ctx`. So look yourself:)
 
 # %%
 assert 7 < plainly / stored < 8
@@ -303,8 +308,8 @@ for name, memory in (("QLoRA", training_memory.of_model(student)), ("full, in fl
     print(f"{name:17} weights {weights:5.1f} MB, with gradients and optimizer {everything:5.1f} MB")
 
 # %% [markdown]
-# And 40 steps of 8 pairs. The learning rate is 0.006, six times the one that we shall take where all parameters learn: fewer numbers have to do
-# the work.
+# And 40 steps of 8 pairs. The learning rate is 0.006, found by trying: six times the one that we shall take where all parameters
+# learn. Adapters usually want a larger one.
 
 # %%
 alt = "The loss of each step of the training: it falls steeply, then slowly."
@@ -341,14 +346,14 @@ codes_after = {name: layer.base.packed for name, layer in lora_layers(student).i
 assert all(torch.equal(codes, codes_before[name]) for name, codes in codes_after.items())
 
 # %% [markdown]
-# Not one code has moved. The model has learnt the form of the answers, and some are right to the last character; none of these combinations
-# occurred in training.
+# Not one code has moved. The model has learnt the form of the answers, and some are right to the last character.
 #
 # ## Drag it: how low is the rank of a change?
 #
 # LoRA assumes that the change of a fine-tuning is nearly of low rank. How is that measured? The **singular value decomposition** writes a matrix
-# as a sum of matrices of rank 1, at right angles to each other, the largest first; the first r of them are the best matrix of rank r. Their
-# sizes are the **singular values**. For the change by hand, and for the same with a 3 put where it had a 0:
+# as a sum of matrices of rank 1, at right angles to each other (the products of their entries add up to 0), the
+# largest first; the first r are the best matrix of rank r. Their sizes are the **singular values**. For the change by hand, and for the same with a 3
+# where row and column had nothing but 0:
 
 # %% tags=["nbval-check-output"]
 disturbed = D.clone()
@@ -362,8 +367,8 @@ assert torch.allclose(sizes, torch.tensor([6.0, 3, 0, 0]).double(), atol=1e-6)
 # %% [markdown]
 # (The share is of the squared size: 36 of 36 + 9.)
 #
-# Now *all* parameters learn our task, for 10 steps. Beside the change that this makes stands another one, the error of 2 bits. Before you drag: what
-# share of each does rank 16 keep?
+# Now *all* parameters learn our task, for 10 steps. Beside the change that this makes stand the error of 2 bits, and
+# normal random numbers of the same shape. Before you drag the rank: what share of each does 16 keep?
 
 # %%
 whole, _ = qlearn.load_model()
@@ -375,20 +380,22 @@ for name in ("layers.0.self_attn.q_proj", "layers.4.mlp.down_proj"):
     rounded = qlearn.quantize(old, "sinq", bits=2, group_size=64).dequantize()
     changes[f"training, {name}"] = whole.model.get_submodule(name).weight.detach() - old
     changes[f"2-bit error, {name}"] = old - rounded
+    changes[f"random numbers, {name}"] = torch.randn(old.shape, generator=generator)
 explorer = course.widgets.rank_explorer(changes)
 explorer
 
 # %%
-RANKS, names = (1, 4, 16, 64), explorer.controls["change"].options
+RANKS, names = (1, 4, 16, 64), list(changes)
 share = {name: {r: explorer.kept(name, r) for r in RANKS} for name in names}
-print(f"{'share that a rank keeps':38}" + "".join(f"{r:7}" for r in RANKS) + "   numbers at 16")
+print(f"{'share that a rank keeps':42}" + "".join(f"{r:7}" for r in RANKS) + "   size of A, B at 16")
 for name, of in share.items():
     numbers = explorer.numbers(name, 16)[1]
-    print(f"{name:38}" + "".join(f"{kept_by:7.0%}" for kept_by in of.values()) + f"{numbers:16.0%}")
+    print(f"{name:42}" + "".join(f"{kept_by:7.0%}" for kept_by in of.values()) + f"{numbers:21.0%}")
 
 # %% [markdown]
-# **What you should have seen.** The change that training makes leans to a few directions, far more so than a rounding error, which is hardly
-# better than noise. But it is *not* of low rank: at 16 a good part of `down_proj`'s change is left out.
+# **What you should have seen.** The change that training makes leans to a few directions, far more so than a rounding error, which is little
+# better than random numbers. But it is *not* of low rank: at 16 a good part of `down_proj`'s change is left out. Is that part needed? Let us cut
+# *all* changes to rank 16:
 
 # %%
 for name in ("layers.0.self_attn.q_proj", "layers.4.mlp.down_proj"):
@@ -397,9 +404,24 @@ for name in ("layers.0.self_attn.q_proj", "layers.4.mlp.down_proj"):
     assert learnt > 2 * lost
 assert learnt < 0.75
 
+# %%
+cut, few = copy.deepcopy(whole), held_out[:20]
+with torch.no_grad():
+    for name, layer in linear_layers(cut).items():
+        old = model.get_submodule(name).weight
+        A, B = low_rank(layer.weight - old, r=16)
+        layer.weight.copy_(old + B @ A)
+losses = {
+    name: finetune.held_out_loss(each, few, tokenizer)
+    for name, each in (("untrained", model), ("all parameters trained", whole), ("cut to rank 16", cut))
+}
+for name, loss in losses.items():
+    print(f"{name:23} loss {loss:.3f}")
+assert losses["cut to rank 16"] - losses["all parameters trained"] < 0.1 * losses["untrained"]
+
 # %% [markdown]
-# And yet the adapters learnt the task. They do not find this change; they find *another* one, of low rank, that does it, too.
-# "Fine-tuning can be done at low rank" and "the change of fine-tuning has low rank" are two claims.
+# The part that was left out was hardly needed. "The change of fine-tuning has low rank" and "a change of low rank can do what fine-tuning does" are
+# two claims. LoRA needs only the second.
 #
 # ## Two bits, and a better start
 #
@@ -432,7 +454,7 @@ print("left, in % of W, before and after each iteration:", percent)
 
 # %% [markdown]
 # The second step can only help. The first need not: a method sets its scales by rules of its own, so what is left may grow again, and the best
-# pair is kept. Most of the gain comes at once, and much is left, for a rounding error is nearly noise.
+# pair is kept. Most of the gain comes at once, and much is left, for a rounding error is nearly noise. (Shares of the size, this time, not of its square.)
 #
 # How much is left, against the rank, with codes of 2, 3 and 4 bits?
 
@@ -459,8 +481,8 @@ print(f"A and B of rank 64, in float32: {bits:g} bits per weight")
 assert leftover[2][64] > leftover[3][0] and leftover[2][16] < 0.9 * leftover[2][0]
 
 # %% [markdown]
-# One more bit leaves less than a rank of 64, which costs many. To *store* a matrix an adapter is a bad bargain. As the start of something
-# that has to be there anyway, it costs nothing.
+# One more bit leaves less than a rank of 64, which takes 16 bits. To *store* a matrix an adapter is a bad bargain. As the start of something
+# that has to be there anyway, it costs no storage more.
 #
 # ## The trap
 #
@@ -498,16 +520,17 @@ assert loss["quantize(Q + BA)"] > 2 * loss["quantize(W + BA)"] and loss["quantiz
 course.reveal("adapters-merge", 100 * loss["W + BA"] / loss["Q + BA"], unit="%")
 
 # %% [markdown]
-# **Right is Q + B A**, the trained numbers up to their last bits. W has no errors, but the adapter has learnt to make up for those of Q, and where
-# they are missing, its remedy is an error. Better weights, worse model.
+# **Right is Q + B A**, the trained numbers up to their last bits. W has no errors, but the adapter was trained beside those of Q and has learnt to
+# live with what they do to the outputs; where they are missing, its remedy is an error. Better weights, worse model.
 #
-# Rounded again, the right sum is a disaster: worse than a model that has learnt nothing. And the *wrong* sum survives! Why? Ten weights, rounded to
+# Rounded again, the right sum is a disaster: far worse than the float model before any training, little better than Q was. And the *wrong* sum
+# survives! Why? Ten weights, rounded to
 # whole numbers, and a change of 0.1 for all of them, which is 1 in total:
 
 # %% tags=["nbval-check-output"]
 w = torch.arange(10) / 10 + 0.05
 q = w.round()
-course.table(w=w, q=q, q_plus=(q + 0.1).round(), w_plus=(w + 0.1).round())
+course.table(**{"w": w, "q": q, "q + 0.1, rounded": (q + 0.1).round(), "w + 0.1, rounded": (w + 0.1).round()})
 
 # %% tags=["nbval-check-output"]
 arrived = [int(((start + 0.1).round() - q).sum()) for start in (q, w)]
@@ -532,16 +555,15 @@ for start in ("Q", "W"):
     assert way.arrived < 0.3 if start == "Q" else 0.8 < way.arrived < 1.2
 
 # %% [markdown]
-# So quantize(Q + B A) is nearly Q again: what was learnt is gone. And quantize(W + B A) makes nearly the errors of Q once more, those that the
-# adapter can mend, and lets the change through.
+# So quantize(Q + B A) is nearly Q again, only its scales have moved a little: what was learnt is gone. And quantize(W + B A) makes most of Q's
+# errors once more, and lets the change through. Its loss shows that it is not Q + B A, though.
 #
-# Do not make a rule of it. After LoftQ Q is not W rounded, and W + B A has no reason to be right, rounded or not. The only sum that is always
-# right is the one that was trained.
+# Do not make a rule of it. After LoftQ, B A holds a piece of W − Q from the start, and W lacks nothing. The only sum that is always right is the one
+# that was trained.
 #
 # ## The file
 #
-# An adapter's file holds no base, so nothing keeps you from putting it on the wrong one. The format is that of the package `peft`. We read it
-# with nothing but its names:
+# An adapter's file holds of its base only a name: you may well put it on the wrong one. The format is that of the package `peft`:
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -562,7 +584,7 @@ with torch.no_grad():
     torch.testing.assert_close(layer(x) - layer.base(x), from_file, rtol=1e-3, atol=1e-4)
 
 # %% [markdown]
-# So that *is* the format. (The tests of this course load such a folder with `peft` itself, on the float model, and compare the logits.)
+# So the file holds what the layer adds. (The tests of this course load such a folder with `peft` itself, on the float model, and compare the logits.)
 #
 # ## The board
 #
@@ -582,7 +604,8 @@ qlearn.evaluate.table([tuned, plain])
 # For its new task the model has given up much of its Python: that few numbers learn does not keep it from forgetting. But take the adapters
 # off, and it is what it was. The next task can have adapters of its own.
 #
-# The table counts codes and scales alone. Adapters that stay beside their matrices have to be stored, too, and in a small model they are no trifle.
+# The column bits/weight counts codes and scales alone; MB has the adapters in it, at 16 bits. In a small model they are no trifle. On the board goes
+# the model without them, as its figures are for plain Python.
 
 # %%
 course.board.add("unquantized", 16, math.log(reference.perplexity))
@@ -609,7 +632,7 @@ def first_gradients(kind):
     torch.manual_seed(0)
     learner, found = add_lora(copy.deepcopy(model), r=4), {}
     for layer in lora_layers(learner).values():
-        layer.__class__ = kind
+        layer.__class__ = kind  # the same parameters, another forward
     finetune.answer_loss(learner, *finetune.collate(finetune.encode(trained[:8], tokenizer))).backward()
     for name, layer in lora_layers(learner).items():
         norm = 0.0 if layer.B.grad is None else layer.B.grad.norm().item()
@@ -641,11 +664,12 @@ assert not silent["LoraLinear"] and not {"o_proj", "down_proj"} & set(silent["Su
 #
 # <details><summary>The answer</summary>
 #
-# `o_proj` and `down_proj` add their outputs to the residual stream, which runs through all blocks: a gradient reaches them without passing any
-# frozen matrix. Behind q, k and v, and behind gate and up, there is one, and nothing gets through it: under `no_grad`, y is a
-# constant in x as well as in W. To freeze W, take `requires_grad_(False)`. "Needs no gradient" is true of the weight, not of the layer.
+# `o_proj` and `down_proj` add their outputs to the residual stream, which runs through all blocks: a gradient reaches them without passing another
+# layer of this kind, though only on that way, hence their smaller bars. Between q, k, v and the loss stands `o_proj`, between gate, up and the loss
+# `down_proj`, and nothing gets through those: under `no_grad`, y is a constant in x as well
+# as in W. To freeze W, take `requires_grad_(False)`.
 #
-# After one step B is no longer zero, and a little comes through the adapters. So the loss falls, and nobody looks.
+# After one step B is no longer zero, and a little comes through the adapters. So the loss falls.
 #
 # </details>
 

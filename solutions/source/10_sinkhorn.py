@@ -173,7 +173,7 @@ course.check("sinkhorn.dequantize", dequantize)
 #
 # W_e = shrink(W − (W_q − z) / s), with shrink(x) = sign(x) · max(0, |x| − |x|^(p − 1) / β), p = 0.7, β = 10
 #
-# new z = mean of W_q − (W − W_e) · s over the group
+# new z = mean of [W_q − (W − W_e) · s] over the group
 
 
 # %% qlearn={"answer": "sinkhorn.hqq_turn"}

@@ -85,7 +85,7 @@ class PrecisionMap(LivePlot):
         corners = np.log10([SIZES[0], SIZES[-1], RATIOS[0], RATIOS[-1]])
         blank = np.full((len(RATIOS), len(SIZES), 4), 255, np.uint8)
         self._map = axes.imshow(blank, extent=corners, origin="lower", aspect="auto", interpolation="nearest")
-        axes.set(title="who has the least loss (the deeper, the clearer)", xlabel="parameters")
+        axes.set(title="who has the least loss (the deeper, the larger the lead)", xlabel="parameters")
         axes.set_ylabel("tokens for each parameter")
         axes.set_xticks(range(7, 13), [_short(10.0**i) for i in range(7, 13)])
         axes.set_yticks([1, 2, 3], ["10", "100", "1,000"])
