@@ -184,51 +184,39 @@ def test_the_hex_view_frames_the_bytes_of_a_part(lab):
     expect(note).to_contain_text("Q4_0, codes[31]: bits 4-7 of byte 17")
 
 
-def test_a_threshold_is_dragged_and_the_value_chosen(lab):
-    output = lab.output(9)
+DRAGGED = {  # output, its note, where the first slider goes, the note then, what is chosen in the menu, the note then
+    "a threshold": (
+        9, "0 below 100 % of the mean magnitude",
+        1 / 6, "(absmean): 34 % are -1, 31 % are 0, 35 % are 1; a is 1.00 times", "the mean of what is not 0",
+        "0 below 50 % of the mean magnitude: 34 % are -1, 31 % are 0, 35 % are 1; a is 1.33",
+    ),
+    "steps of balancing": (
+        10, "a row and a column, 20 times as large, step 0: imbalance 74.39",
+        4 / 15, "step 4: imbalance 2.35", "a column", "a column, 20 times as large, step 4: imbalance 2.15",
+    ),
+    "an outlier": (
+        11, "outlier 8, MXFP4: 11 of 32 become 0",
+        1.0, "outlier 64, MXFP4: 31 of 32 become 0", "QuEST: by the standard deviation",
+        "outlier 64, QuEST: 20 of 32 become 0",
+    ),
+    "a rank": (
+        12, "rank 4, and noise, 128 x 256, rank 16: A and B have 6,144 numbers",
+        3 / 13, "rank 4, and noise, 128 x 256, rank 4: A and B have 1,536 numbers, 6,144 bytes", "noise",
+        "noise, 128 x 256, rank 4: A and B have 1,536 numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("index", "first", "to", "dragged", "option", "chosen"), DRAGGED.values(), ids=DRAGGED)
+def test_a_slider_is_dragged_and_an_option_chosen(lab, index, first, to, dragged, option, chosen):
+    output = lab.output(index)
     note, image = output.locator(".qlive-note"), output.locator("img")
-    expect(note).to_contain_text("0 below 100 % of the mean magnitude")
-    lab.drag(output.locator(".noUi-target"), to=1 / 6)
-    expect(note).to_contain_text("(absmean): 34 % are -1, 31 % are 0, 35 % are 1; a is 1.00 times")
+    expect(note).to_contain_text(first)
+    lab.drag(output.locator(".noUi-target").first, to=to)
+    expect(note).to_contain_text(dragged)
     before = pixels(image)
-    output.locator("select").select_option("the mean of what is not 0")
-    expect(note).to_contain_text("0 below 50 % of the mean magnitude: 34 % are -1, 31 % are 0, 35 % are 1; a is 1.33")
-    assert pixels(image) != before
-
-
-def test_a_matrix_is_balanced_step_by_step(lab):
-    output = lab.output(10)
-    note, image = output.locator(".qlive-note"), output.locator("img")
-    expect(note).to_contain_text("a row and a column, 20 times as large, step 0: imbalance 74.39")
-    lab.drag(output.locator(".noUi-target").first, to=4 / 15)
-    expect(note).to_contain_text("step 4: imbalance 2.35")
-    before = pixels(image)
-    output.locator("select").select_option("a column")
-    expect(note).to_contain_text("a column, 20 times as large, step 4: imbalance 2.15")
-    assert pixels(image) != before
-
-
-def test_an_outlier_is_dragged_and_the_scale_chosen(lab):
-    output = lab.output(11)
-    note, image = output.locator(".qlive-note"), output.locator("img")
-    expect(note).to_contain_text("outlier 8, MXFP4: 11 of 32 become 0")
-    lab.drag(output.locator(".noUi-target"), to=1.0)
-    expect(note).to_contain_text("outlier 64, MXFP4: 31 of 32 become 0")
-    before = pixels(image)
-    output.locator("select").select_option("QuEST: by the standard deviation")
-    expect(note).to_contain_text("outlier 64, QuEST: 20 of 32 become 0")
-    assert pixels(image) != before
-
-
-def test_a_rank_is_dragged_and_the_change_chosen(lab):
-    output = lab.output(12)
-    note, image = output.locator(".qlive-note"), output.locator("img")
-    expect(note).to_contain_text("rank 4, and noise, 128 x 256, rank 16: A and B have 6,144 numbers")
-    lab.drag(output.locator(".noUi-target"), to=3 / 13)
-    expect(note).to_contain_text("rank 4, and noise, 128 x 256, rank 4: A and B have 1,536 numbers, 6,144 bytes")
-    before = pixels(image)
-    output.locator("select").select_option("noise")
-    expect(note).to_contain_text("noise, 128 x 256, rank 4: A and B have 1,536 numbers")
+    output.locator("select").select_option(option)
+    expect(note).to_contain_text(chosen)
     assert pixels(image) != before
 
 

@@ -7,6 +7,7 @@ import torch
 from qlearn import QuantizedTensor, quantize
 from qlearn.methods import hqq, zero_point
 from qlearn.methods.hqq import shrink, solve, starting_grid, turns
+from tests.methods.edges import EDGES
 
 BITS = range(1, 9)
 
@@ -106,21 +107,6 @@ def test_it_beats_the_grid_it_starts_from(bits):
     errors = [(weight - hqq(weight, bits, 64, iters=n).dequantize()).square().mean() for n in (0, 20)]
     plain = (weight - zero_point(weight, bits, 64).dequantize()).square().mean()
     assert errors[1] < errors[0] and errors[1] < plain
-
-
-EDGES = {
-    "zeros": torch.zeros(4, 32),
-    "negative zeros": -torch.zeros(4, 32),
-    "a constant": torch.full((4, 32), 0.3),
-    "a negative constant": torch.full((4, 32), -700.0),
-    "all positive": normal(4, 32).abs() + 3,
-    "all negative": -normal(4, 32).abs() - 3,
-    "one outlier": normal(4, 32) * 0.02 + torch.nn.functional.one_hot(torch.tensor(7), 32) * 5,
-    "narrow": 0.25 + normal(4, 32) * 1e-6,
-    "tiny": normal(4, 32) * 1e-9,
-    "large": normal(4, 32) * 1e4,
-    "one row": normal(1, 32),
-}
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

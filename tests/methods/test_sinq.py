@@ -9,6 +9,7 @@ from qlearn.formats.codebooks import NF3, NF4
 from qlearn.methods import absmax, sinq, zero_point
 from qlearn.methods.sinkhorn import sinkhorn
 from qlearn.methods.sinq import fourth_moment
+from tests.methods import edges
 
 EXACT = {"scale_dtype": torch.float32}
 
@@ -183,20 +184,9 @@ def test_bands_are_matrices_of_their_own(tile_rows):
     assert qt.bits_per_weight == 3 + (16 + 3) / 64 + 16 / tile_rows
 
 
-EDGES = {
-    "zeros": torch.zeros(4, 32),
-    "negative zeros": -torch.zeros(4, 32),
-    "a constant": torch.full((4, 32), 0.3),
-    "a negative constant": torch.full((4, 32), -700.0),
-    "all positive": normal(4, 32).abs() + 3,
-    "all negative": -normal(4, 32).abs() - 3,
-    "narrow": 0.25 + normal(4, 32) * 1e-5,
-    "one outlier": normal(4, 32) + torch.nn.functional.one_hot(torch.tensor(7), 32) * 5,
+EDGES = edges.EDGES | {
     "a column of zeros": normal(4, 32) * (torch.arange(32) != 5),
     "a row of zeros": normal(4, 32) * (torch.arange(4) != 2)[:, None],
-    "tiny": normal(4, 32) * 1e-6,
-    "large": normal(4, 32) * 1e5,
-    "one row": normal(1, 32),
     "one column of a tile": normal(4, 32),
 }
 
