@@ -873,6 +873,17 @@ picture
 # The error of the whole matrix would not have said this. A factor for each row and for each column says which of the two scales is wrong, and how.
 # </details>
 #
+# The answer, tried:
+
+# %%
+forgotten, mended = back * mu1, back * mu1 * mu1
+for name, read_back in (("suspect times μ1", forgotten), ("times μ1 twice", mended)):
+    slope = np.polyfit(mu1.log().numpy(), factors_of(read_back, 0).log().numpy(), 1)[0]
+    print(f"{name:16} slope {round(float(slope), 1) + 0:.1f}, {(read_back - up).norm() / up.norm():.0%} off")
+    assert abs(slope - (-1 if name == "suspect times μ1" else 0)) < 0.05
+torch.testing.assert_close(mended, qt.dequantize(), rtol=1e-4, atol=1e-6)
+
+# %% [markdown]
 # ## What you can now do
 #
 # - Balance a matrix by hand, and say what two scales can mend and what they cannot.
