@@ -1,6 +1,6 @@
 """Adapters compared: what each number that learns, and each bit that does not, is worth.
 
-    python -m qlearn.bench.adapters --out FILE        (a CUDA GPU, 6 minutes)
+    python -m qlearn.bench.adapters --out FILE        (a CUDA GPU, 4 minutes)
 
 **Learning.** The bundled model learns to write the line of Python that a sentence asks for
 (`training/adapters_task.py`), in as many steps each way:
@@ -232,12 +232,12 @@ def best(runs):
 
 
 def summary(runs):
-    """The record of all learning rates as one for each job: the best run, and beside it the loss with each rate."""
+    """The record of all learning rates as one for each job: the best run, and beside it the figures of each rate."""
     order = [job.name for job in JOBS]
     runs = sorted(runs, key=lambda run: (order.index(run["name"]) if run["name"] in order else len(order), run["lr"]))
     rates = {}
     for run in runs:
-        rates.setdefault(run["name"], []).append([run["lr"], None if "failed" in run else run["after"]["loss"]])
+        rates.setdefault(run["name"], []).append({"lr": run["lr"], **run.get("after", {})})  # a failed one has none
     return [run | {"rates": rates[run["name"]]} for run in best(runs)]
 
 

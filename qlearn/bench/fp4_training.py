@@ -11,7 +11,8 @@ stopped and started. The third makes one file of them all.
 
 The architecture is the bundled model's (`pretrain.make_model`), wider; N is the number of parameters in its linear
 layers, which is what scaling laws count. All runs of a width see the same batches in the same order, with the same
-learning rate, and end on the same schedule; each is made once. The loss is that on the twenty held-out modules of the
+learning rate, and end on the same schedule. Those of a seed start alike; `--seed 1` makes them all once more, which the
+committed results have, and of some schemes a third time. The loss is that on the twenty held-out modules of the
 standard library, computed with the scheme's own forward pass, in nats a token.
 
 On a GPU that has FP8 units the scheme fp8 uses them. FP4 is emulated, on any: what it computes is FP4's, what it costs

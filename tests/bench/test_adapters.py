@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlearn import load_model, quantize
-from qlearn.bench import adapters
+from qlearn.bench import adapters, results
 from qlearn.bench.adapters import JOBS, Job, best, learn, step_memory, summary
 from qlearn.methods import METHODS
 from qlearn.models import QuantLinear
@@ -57,13 +57,13 @@ def run_of(name, lr, chosen_by, loss=1.0, **more):
 def test_the_rate_is_chosen_without_the_pairs_that_are_measured():
     runs = [run_of("a", 1, 0.5, loss=0.1), run_of("a", 2, 0.3, loss=0.9), run_of("b", 1, 0.7), run_of("a", 3, 0.4)]
     assert [(run["name"], run["lr"]) for run in best(runs)] == [("a", 2), ("b", 1)]
-    assert summary(runs)[0]["rates"] == [[1, 0.1], [2, 0.9], [3, 1.0]]
+    assert summary(runs)[0]["rates"] == [{"lr": lr, "loss": loss} for lr, loss in ((1, 0.1), (2, 0.9), (3, 1.0))]
 
 
 def test_a_run_that_failed_is_never_the_best():
     runs = [{"name": "a", "lr": 9, "failed": "the loss is nan at step 3"}, run_of("a", 1, 0.5)]
     assert [run["lr"] for run in best(runs)] == [1]
-    assert summary(runs)[0]["rates"] == [[1, 1.0], [9, None]]
+    assert summary(runs)[0]["rates"] == [{"lr": 1, "loss": 1.0}, {"lr": 9}]
 
 
 @pytest.mark.parametrize("job", [Job("x"), Job("y", 2, "zero_point", 4)], ids=["full", "QLoRA"])
@@ -104,3 +104,54 @@ def test_on_a_cpu_only_a_trial(capsys):
     with pytest.raises(SystemExit):
         adapters.main(["--device", "cpu"])
     assert "hours on a CPU; see whether it runs with --trial" in capsys.readouterr().err
+
+
+# ---- the committed figures -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record():
+    return results.read("adapters")
+
+
+@pytest.fixture(scope="module")
+def runs(record):
+    return {run["name"]: run for run in record["runs"]}
+
+
+def test_every_job_was_run_with_every_rate(record, runs):
+    assert (
+        record["gpu"]
+        and record["date"]
+        and record["command"] == "python -m qlearn.bench.adapters --steps 100 --batch 32"
+    )
+    assert list(runs) == [job.name for job in JOBS]
+    for job in JOBS:
+        run = runs[job.name]
+        assert [row["lr"] for row in run["rates"]] == list(adapters.RATES[job.r is None])
+        assert {"lr": run["lr"], **run["after"]} in run["rates"]
+        assert run["after"]["loss"] < run["before"]["loss"] / 100
+
+
+@pytest.mark.parametrize("r", adapters.RANKS)
+def test_what_bits_cost_and_loftq_gives_back(runs, r):
+    full, lora, two, loftq = (
+        runs[name]["after"]["loss"] for name in ("full", f"LoRA, r {r}", f"QLoRA, 2 bit, r {r}", f"LoftQ, 2 bit, r {r}")
+    )
+    assert full < lora < loftq < two
+    assert runs[f"LoftQ, 2 bit, r {r}"]["before"]["loss"] < runs[f"QLoRA, 2 bit, r {r}"]["before"]["loss"]
+
+
+def test_only_the_trained_sum_is_right(runs):
+    for run in runs.values():
+        if run["method"]:
+            loss = {way["name"]: way["loss"] for way in run["merging"]}
+            others = [loss[name] for name in ("W + BA", "quantize(Q + BA)", "quantize(W + BA)")]
+            assert loss["Q + BA"] == pytest.approx(loss["adapters"], rel=1e-3) and min(others) > loss["adapters"]
+
+
+def test_the_memory_by_formula_is_what_is_held(record):
+    for rows in record["memory"].values():
+        assert len(rows) == 2 * len(adapters.MEMORY_JOBS)
+        for row in rows:
+            assert row["formula"] == row["held"] and row["peak"] > row["allocated"] >= sum(row["held"].values())
