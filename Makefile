@@ -15,7 +15,7 @@ test: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers and not llamacpp"
 	$(BIN)/python -m pytest -n 2 --dist load -m notebooks
-	$(BIN)/python -m pytest -m browser -rs
+	$(BIN)/python -m pytest -n 2 --dist load -m browser -rs
 
 # The part without notebooks and browser.
 unit: .venv/ready-test

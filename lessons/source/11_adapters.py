@@ -589,22 +589,23 @@ with torch.no_grad():
 #
 # ## On a GPU: every way, three ranks
 #
-# The same task on an H200: 100 steps of 32 pairs out of 20,000, for each way the best of three learning rates, measured on 500 held-out pairs.
-# "exact" is the share of answers right to the last character. How many of the numbers that learn, and how many bits of those that do not, does this
-# task need?
+# The same task on an H200: 100 steps of 32 pairs out of 20,000. Each way has three learning rates; one was chosen by the loss on 500 held-out pairs
+# and measured on 500 others. Full training is in float32; frozen weights are in bfloat16, or quantized, and adapters in float32. How many parameters
+# have to learn, and in how many bits may the others be stored?
 
 # %%
 record = results.read("adapters")
 print(f"{record['date']} · {record['gpu']} · {record['command']}")
-print(f"{'':20}   learning   weights   loss before    after   exact")
+print("                       millions   MB of base   loss      loss   exact")
+print("                       that learn and adapters before    after  answers")
 runs = {run["name"]: run for run in record["runs"]}
 for name, run in runs.items():
-    sizes = f"{run['parameters'][0] / 1e6:9.2f} M {run['memory']['weights'] / 1e6:6.1f} MB"
-    print(f"{name:20} {sizes} {run['before']['loss']:13.2f} {run['after']['loss']:8.4f} {run['after']['exact']:7.1%}")
+    sizes = f"{run['parameters'][0] / 1e6:10.2f} {run['memory']['weights'] / 1e6:12.1f}"
+    print(f"{name:20} {sizes} {run['before']['loss']:8.2f} {run['after']['loss']:8.4f} {run['after']['exact']:7.1%}")
 
 # %%
 FAMILIES = {"LoRA": "original", "QLoRA, nf4": "other", "QLoRA, 2 bit": "error", "LoftQ, 2 bit": "error"}
-alt = "Loss against the number of parameters that learn: LoRA and NF4 together, 2 bits above them, LoftQ between."
+alt = "Loss against the number of parameters that learn: LoRA and NF4 together, 2 bits above; LoftQ comes down to them."
 picture, axes = course.plots.figure(7, 3.4, alt=alt)
 losses = {family: [runs[f"{family}, r {r}"]["after"]["loss"] for r in (4, 16, 64)] for family in FAMILIES}
 learn = [runs[f"LoRA, r {r}"]["parameters"][0] for r in (4, 16, 64)]
@@ -622,25 +623,26 @@ picture
 
 # %%
 lora, four, two, better = (np.array(losses[family]) for family in FAMILIES)
-assert full < 0.5 * lora.min() and (abs(four / lora - 1) < 0.3).all() and (two > 1.5 * lora).all()
-assert (lora < better).all() and (better < 0.9 * two).all()
-assert two[2] > two[1]
-print("after training LoftQ's loss, against plain 2 bits, is at rank 4, 16, 64", *(f"{s:+.0%}" for s in better / two - 1))
+assert full < 0.5 * lora.min() and (abs(four / lora - 1) < 0.3).all() and (two > 1.5 * lora).all() and two[2] > two[1]
+for label, share in (("NF4, times LoRA's loss", four / lora), ("2 bits, times LoRA's loss", two / lora),
+                     ("LoftQ's share of the way back", (two - better) / (two - lora))):  # fmt: skip
+    print(f"{label:30}" + "".join(f"   r {r:2}: {each:4.2f}" for r, each in zip((4, 16, 64), share)))
 
 # %% [markdown]
-# All parameters learn best. LoRA gets nine answers in ten right with 2 % of the numbers, and 4 bits beneath it cost nothing that one run could tell.
-# At 2 bits the loss is about twice as high, and rank 64 is no better than 16. LoftQ's start takes some of it back at every rank, most at 64.
+# Training all parameters gives the lowest loss. LoRA gets nine answers in ten exactly right with 2 % of the numbers. NF4 beneath it is a little better
+# once and a little worse twice; with one run each we call that level. At 2 bits the loss is about twice as high, and rank 64 no better than 16.
+# LoftQ's start takes back a quarter of the distance to LoRA at rank 4, and nearly all at 64.
 #
-# "Nothing is lost", then? The model could also do something else before. The perplexity on plain Python was below 8:
+# And what the model could do before? The perplexity on plain Python was below 8:
 
 # %%
 print(f"untrained: perplexity {record['untrained']['perplexity']:.2f}")
-print("perplexity (loss of the task) after training with a rate that is low, middle, high; * is the one chosen")
+print("perplexity (and loss of the task) after training with a low, middle and high rate; * is the one chosen")
 for name, run in runs.items():
     print(f"{name:20}", end="")
     for row in run["rates"]:
         chosen = "*" if row["lr"] == run["lr"] else " "
-        print(f"{row['perplexity']:10.0f}{chosen} ({row['loss']:.4f})", end="")
+        print(f"{row['perplexity']:10.0f} ({row['loss']:.4f}){chosen}", end="")
     print()
     forgotten = [row["perplexity"] for row in run["rates"]]
     assert forgotten[1] > 1.7 * forgotten[0] and forgotten[2] > 4 * forgotten[1]
@@ -649,15 +651,15 @@ for name, run in runs.items():
 print("rates: 0.003, 0.006 and 0.012 with adapters, 0.0005, 0.001 and 0.002 where all learn")
 
 # %% [markdown]
-# What was **forgotten** depends on the learning rate above all. With each doubling far more Python is lost, and that few parameters learn does not
-# prevent it. But the rate was chosen by the task alone, mostly the largest of the three (so a larger one still might have won). Judge a fine-tuning by
-# what else you want of the model, too.
+# What was **forgotten** depends mostly on the learning rate; that few parameters learn does not prevent it. (At 2 bits much was broken before.) The
+# rate was chosen by the task alone, mostly the largest, so a larger one still might have won. For LoftQ of rank 16 two rates have
+# the same loss; one leaves a perplexity of 708, the other, chosen, 9,582. Judge a fine-tuning by what else you want of the model, too.
 #
-# And the trap, in all its forms:
+# And the trap, in all its forms, on 256 of the pairs:
 
 # %%
 names = ("adapters", "Q + BA", "W + BA", "quantize(Q + BA)", "quantize(W + BA)")
-print(f"{'loss':22}", *(f"{name:>{len(name) + 2}}" for name in names), "  arrived, of D")
+print(f"{'loss':22}", *(f"{name:>{len(name) + 2}}" for name in names), "  D arrived: on Q, on W")
 merged = {}
 for family in ("QLoRA, nf4", "QLoRA, 2 bit", "LoftQ, 2 bit"):
     for r in (4, 16, 64):
@@ -675,17 +677,19 @@ for (family, r), of in merged.items():
     else:
         assert min(of[name] for name in names[2:]) > 5 * of["adapters"]
     if family == "LoftQ, 2 bit":
-        assert of["quantize(W + BA)"] > 2 * of["quantize(Q + BA)"]
+        assert of["quantize(W + BA)"] > 2 * of["quantize(Q + BA)"] and of["W + BA"] < of["quantize(Q + BA)"]
+    if (family, r) in (("QLoRA, 2 bit", 4), ("QLoRA, 2 bit", 64)):
+        assert (of["quantize(W + BA)"] > of["quantize(Q + BA)"]) == (r == 4)
     arrived = {way["name"]: way["arrived"] for way in runs[f"{family}, r {r}"]["merging"]}
     assert arrived["quantize(Q + BA)"] > 0.35
 
 # %% [markdown]
-# Four bits forgive every mistake here: the worst adds a third or so to a small loss. Two bits forgive none. Of the sums
-# rounded again, which is worse? Longer training made larger changes, so half of D or so arrives on Q as well. After LoftQ W + B A is worst: B A has held
-# a piece of W − Q from the start, but W has all of it, so it arrives twice.
+# In NF4 a wrong sum adds at most two fifths to the loss, at 2 bits it multiplies it by more than five. Of the two that are rounded again neither is
+# always the worse. After LoftQ it is W's by far: B A and W both hold a piece of W − Q, and more than all of D arrives. (Not the whole story:
+# unrounded, W + B A holds it twice as well, and is better.)
 #
-# Last, the memory, with activations. One step of a Llama of a billion random parameters on 4 texts of 1,024 tokens. **Gradient checkpointing** keeps
-# only what goes from layer to layer, and computes the rest a second time in the backward pass.
+# Last, the memory, with activations: a step of a Llama of a billion random parameters on 4 texts of 1,024 tokens. **Gradient checkpointing** keeps
+# only what goes from layer to layer, and computes the rest again in the backward pass.
 
 # %%
 print(f"{'':18} checkpointing  by formula  at the peak  seconds a step")
@@ -695,12 +699,12 @@ for row in record["memory"]["billion"]:
     formula, peak = sum(row["formula"].values()) / 2**30, row["peak"] / 2**30
     again, peaks[row["job"], row["checkpointing"]] = "yes" if row["checkpointing"] else "no", peak
     print(f"{row['job']:18} {again:>13} {formula:7.2f} GiB {peak:8.2f} GiB {row['seconds']:14.3f}")
-assert peaks["QLoRA, nf4, r 16", False] > 0.85 * peaks["LoRA, r 16", False]
+assert peaks["QLoRA, nf4, r 16", False] > 0.85 * peaks["LoRA, r 16", False] > 0.85 * 5 * 2.11
 assert peaks["QLoRA, nf4, r 16", True] < 0.7 * peaks["LoRA, r 16", True] < 0.3 * peaks["full", True]
 
 # %% [markdown]
-# The formula is met to the byte, and yet it is not the peak: with adapters, activations are most of it, and 4-bit weights alone save little. Only
-# with checkpointing do the weights weigh. LoRA then needs a fifth of what full training does, NF4 two thirds of that, for twice the time.
+# The formula is met to the byte, and yet it is not the peak. Without checkpointing, with adapters, four fifths of the peak or more is not in it, so 4-bit
+# weights save little. With it, LoRA needs a fifth of what full training does, and NF4 two thirds of that, for twice the time; 2 bits save little more.
 #
 # ## The board
 #

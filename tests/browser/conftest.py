@@ -1,4 +1,4 @@
-"""JupyterLab and a headless Chromium, once for all tests here; a page of its own for each module.
+"""JupyterLab and a headless Chromium, once for all tests of a process; a page of its own for each module.
 
 The system's Chromium is used, found on the PATH or named by the environment variable CHROMIUM; nothing is downloaded.
 Everything that JupyterLab would read from or write to the user's home lies in a temporary folder, the learner's data
