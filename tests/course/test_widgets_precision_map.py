@@ -12,6 +12,7 @@ from qlearn.course import widgets
 from qlearn.course.widgets.precision_map import COLORS, RATIOS, SIZE, SIZES, SPENDS, _colours, _stretches
 from qlearn.training.precision import Speed, optimal_precision, worth
 from qlearn.training.scaling_law import Efficiency, Law
+from tests.course.explorers import check_sweep
 
 LARGER, LONGER, BOTH = SPENDS
 
@@ -37,10 +38,7 @@ def set_to(explorer):
 
 
 def test_a_sweep_reaches_different_states_and_ends_where_it_began(explorer):
-    before, picture = repr(explorer), explorer.png()
-    summaries = explorer.sweep()
-    assert len(set(summaries)) > 150 and not any("nan" in summary for summary in summaries)
-    assert repr(explorer) == before and explorer.png() == picture
+    check_sweep(explorer, 151)
 
 
 def test_what_a_notebook_stores(explorer):

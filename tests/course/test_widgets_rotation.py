@@ -7,6 +7,7 @@ from qlearn.course import widgets
 from qlearn.course.widgets.rotation import PLACE, QUANTIZERS, SIZE
 from qlearn.rotation import hadamard
 from qlearn.training.low_precision import MXFP4, QuEST
+from tests.course.explorers import check_sweep
 
 MX, QUEST = QUANTIZERS
 
@@ -17,11 +18,7 @@ def explorer():
 
 
 def test_a_sweep_reaches_different_states_and_ends_where_it_began(explorer):
-    before, picture = repr(explorer), explorer.png()
-    summaries = explorer.sweep()
-    assert len(set(summaries)) > 60 and not any("nan" in summary for summary in summaries)
-    assert repr(explorer) == before and explorer.png() == picture
-    assert all(control.description for control in explorer.controls.values())
+    check_sweep(explorer, 61)
 
 
 def test_what_a_notebook_stores(explorer):

@@ -8,6 +8,7 @@ import pytest
 from qlearn.course import widgets
 from qlearn.course.live import positions_of
 from qlearn.course.widgets import settling
+from tests.course.explorers import check_sweep
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,7 @@ def test_every_combination_has_something_to_show(explorer):
 
 
 def test_a_sweep_ends_where_it_began(explorer):
-    before, picture = repr(explorer), explorer.png()
-    assert len(set(explorer.sweep())) > 20
-    assert repr(explorer) == before and explorer.png() == picture
+    check_sweep(explorer, 21)
 
 
 def test_what_a_notebook_stores(explorer):

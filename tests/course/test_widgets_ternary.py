@@ -9,6 +9,7 @@ import torch
 from qlearn.course import widgets
 from qlearn.course.widgets.ternary import ABSMEAN, BEST, SCALE
 from qlearn.methods import binary, ternary
+from tests.course.explorers import check_sweep
 
 WEIGHTS = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 
@@ -19,11 +20,7 @@ def explorer():
 
 
 def test_a_sweep_reaches_different_states_and_ends_where_it_began(explorer):
-    before, picture = repr(explorer), explorer.png()
-    summaries = explorer.sweep()
-    assert len(set(summaries)) > 60 and not any("nan" in summary for summary in summaries)
-    assert repr(explorer) == before and explorer.png() == picture
-    assert all(control.description for control in explorer.controls.values())
+    check_sweep(explorer, 61)
 
 
 def test_what_a_notebook_stores(explorer):

@@ -17,13 +17,13 @@ import torch
 from qlearn.course import plots
 from qlearn.course.live import LivePlot
 from qlearn.course.widgets import measure
+from qlearn.formats.floats import FP4_E2M1
 from qlearn.methods.e2m1 import mx_scale, power_of_two
 from qlearn.rotation import hadamard
 from qlearn.training.low_precision import GAUSSIAN_CLIP, MXFP4, QuEST
 
 QUANTIZERS = {"MXFP4: the largest number sets it": MXFP4(), "QuEST: by the standard deviation": QuEST()}
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-GRID = np.array(sorted({sign * m for m in MAGNITUDES for sign in (-1, 1)}))
+GRID = np.unique(FP4_E2M1.decode(np.arange(16)))  # 0 and -0 are one line
 SIZE, PLACE = 32, 7
 _GROUPS, _MOST = 256, 64
 _LEGEND = 10  # the legend of the errors reaches to this size of the outlier
