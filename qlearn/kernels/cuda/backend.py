@@ -1,0 +1,58 @@
+"""What the dispatcher (`kernels/dispatch.py`) asks on a GPU: can this product be computed from the codes, and do it.
+
+A weight is arranged for the kernel (`layout.py`) when it is first used, and stays so, beside the packed codes, as long
+as these live.
+
+The kernel overlaps with what runs before it: it fetches weights while that still works, and waits before it touches x.
+So the weights must not be what the kernel just before has written; arranging them therefore ends with a wait.
+
+With more rows than the kernel takes, the float matrix is made and cuBLAS multiplies: then arithmetic is
+what costs, and each weight is used often enough to pay for unpacking it.
+"""
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from qlearn.kernels.cuda import layout
+from qlearn.kernels.cuda.launch import capability
+from qlearn.kernels.cuda.matmul import CAPABILITY, MAX_ROWS, prepare
+from qlearn.rotation import hadamard
+
+_arranged = WeakIdKeyDictionary()  # packed codes -> Units
+
+
+def why_not(x, quantized):
+    """None, or a sentence that says why the kernel cannot multiply x with this weight."""
+    rows = x.numel() // max(1, x.shape[-1] if x.dim() else 1)
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {str(x.dtype).removeprefix('torch.')}; the kernel takes float16 and bfloat16"
+    if not 1 <= rows <= MAX_ROWS:
+        return f"x has {rows} rows; the kernel takes 1 to {MAX_ROWS}, and above that cuBLAS is faster"
+    if quantized.packed.device != x.device:
+        return f"x is on {x.device} and the weight on {quantized.packed.device}"
+    has = capability(x.device.index)
+    if has < CAPABILITY:
+        return f"the GPU has compute capability {has[0]}.{has[1]}, and the kernel needs {CAPABILITY[0]}.{CAPABILITY[1]}"
+    return layout.why_not(quantized)
+
+
+def matmul(x, quantized, bias=None):
+    """x W^T + b. x: float16 or bfloat16 (..., columns), for which `why_not` has nothing to say."""
+    units = arranged(quantized)
+    flat = x.reshape(-1, x.shape[-1])
+    if units.hadamard is not None:
+        flat = hadamard(flat.float(), units.hadamard).to(x.dtype)
+    y = torch.empty(len(flat), units.shape[0], dtype=x.dtype, device=x.device)
+    prepare(flat.contiguous(), units, y, overlap=True)()
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], -1)
+
+
+def arranged(quantized):
+    """The weight in the order of the kernel; made once for each tensor of packed codes."""
+    units = _arranged.get(quantized.packed)
+    if units is None:
+        units = _arranged[quantized.packed] = layout.arrange(quantized)
+        if quantized.packed.is_cuda:
+            torch.cuda.current_stream(quantized.packed.device).synchronize()
+    return units
