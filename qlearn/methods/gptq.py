@@ -46,6 +46,7 @@ from typing import NamedTuple
 import torch
 
 from qlearn.formats.integers import Integers, integer_range
+from qlearn.kernels import dispatch
 from qlearn.methods.affine import absmax, zero_point
 from qlearn.methods.blocking import block_shape, check_weight
 from qlearn.methods.hessian import damped_cholesky, normalize
@@ -53,6 +54,7 @@ from qlearn.methods.statistics import InputStatistics
 from qlearn.tensor import QuantizedTensor
 
 ACT_ORDERS = (False, "static", "group")
+COMPILED_FROM = 2**14  # weights: with fewer, torch is done before Numba would be imported
 
 
 def gptq(
@@ -294,16 +296,39 @@ def _sweep(W, U, order, grids, late, starts):
     W = W.mT.take_along_dim(order[..., None], 1)  # (batch, columns, rows): a column lies in one piece
     codes = torch.empty_like(W, dtype=torch.int8 if grids.sym else torch.uint8)
     scattered = not (order // grids.group_size).unflatten(1, (-1, grids.group_size)).diff().eq(0).all()
+    round_columns = _compiled(W, U) or _round_columns
     for start, end in zip(starts, [*starts[1:], W.shape[1]], strict=True):
         Err = torch.empty_like(W[:, start:end])
-        for i in range(start, end):
-            if i % grids.group_size == 0 or scattered:
-                at = each, slice(None), order[:, i] // grids.group_size
-                if late:
-                    grids.set(at, W[:, i : i + grids.group_size].mT)
-                grid = grids.get(at)
-            codes[:, i], q = grids.round(W[:, i], *grid)
-            Err[:, i - start] = (W[:, i] - q) / U[:, i, i, None]
-            W[:, i + 1 : end].addcmul_(U[:, i, i + 1 : end, None], Err[:, i - start, None], value=-1)
+        for first in range(start, end, end if scattered else grids.group_size):
+            last = end if scattered else min(first + grids.group_size, end)
+            groups = order[:, first : last if scattered else first + 1] // grids.group_size
+            if late and first % grids.group_size == 0:
+                grids.set((each, slice(None), groups[:, 0]), W[:, first : first + grids.group_size].mT)
+            grid = grids.get((each[:, None], slice(None), groups))
+            block = W[:, first:end], U[:, first:end, first:end]
+            round_columns(*block, grids, *grid, codes[:, first:last], Err[:, first - start : last - start])
         W[:, end:].baddbmm_(U[:, start:end, end:].mT, Err, alpha=-1)
     return codes.take_along_dim(order.argsort()[..., None], 1).mT
+
+
+def _round_columns(W, U, grids, scale, zero, codes, Err):
+    """Round the first columns of a block and pass their errors on within it.
+
+    W: (batch, columns, rows).  U: (batch, columns, columns).  scale, zero: (batch, n or 1, rows).
+    codes, Err: (batch, n, rows), which are filled in.
+    """
+    for i in range(codes.shape[1]):
+        grid = min(i, scale.shape[1] - 1)
+        codes[:, i], q = grids.round(W[:, i], scale[:, grid], zero[:, grid])
+        Err[:, i] = (W[:, i] - q) / U[:, i, i, None]
+        W[:, i + 1 :].addcmul_(U[:, i, i + 1 :, None], Err[:, i, None], value=-1)
+
+
+def _compiled(W, U):
+    """A function that does the same to the last bit, and sooner; or None."""
+    on_cpu = {W.device.type, U.device.type} == {"cpu"} and W.dtype == U.dtype == torch.float32
+    if not on_cpu or W.numel() < COMPILED_FROM or dispatch.asked_for() not in (None, "cpu"):
+        return None
+    from qlearn.kernels.cpu import gptq as compiled  # here: it brings Numba
+
+    return compiled.round_columns

@@ -35,9 +35,12 @@ from typing import NamedTuple
 
 import torch
 
+from qlearn.kernels import dispatch
+
 STEP = 0.7, 2.0  # no factor of a step is smaller or larger
 LOG_MU = -0.3, 10.0  # nor is the logarithm of a scale
 SIGMA = 1e-3, 1e3  # where a deviation is compared with the target
+COMPILED_FROM = 2**15  # numbers: with fewer, torch is done before Numba would be imported
 
 
 class History(NamedTuple):
@@ -85,11 +88,11 @@ def sinkhorn(tile, order=16, matrices=False):
     best = torch.full_like(mu1[..., :1], torch.inf)  # (..., 1, 1), as all that there is one of for each tile
     going, target, imbalances, kept = torch.ones_like(best, dtype=torch.bool), None, [], []
     for _ in range(order if min(tile.shape[-2:]) > 1 else 0):
-        state = tile / u1.exp() / u2.exp()
-        columns, rows = deviations(state)
+        columns, rows = scaled_deviations(tile, u1.exp(), u2.exp())
         found = imbalance(columns, rows)
         imbalances.append(found[..., 0, 0])
-        kept.append(state)
+        if matrices:
+            kept.append(tile / u1.exp() / u2.exp())
         better = found <= best
         mu1, mu2, best = torch.where(better, u1.exp(), mu1), torch.where(better, u2.exp(), mu2), found.minimum(best)
         going &= better
@@ -100,6 +103,19 @@ def sinkhorn(tile, order=16, matrices=False):
         u2 = torch.where(going, _step(u2, rows, target), u2)
     history = History(torch.stack(imbalances) if imbalances else torch.ones(0), kept if matrices else None)
     return Balanced(tile / mu1 / mu2, mu1.squeeze(-2), mu2.squeeze(-1), history)
+
+
+def scaled_deviations(tile, mu1, mu2):
+    """The deviations of tile / mu1 / mu2; for many numbers by a compiled loop, which gives the very same.
+
+    mu1: (..., 1, columns).  mu2: (..., rows, 1).  Returns what `deviations` returns.
+    """
+    on_cpu = tile.device.type == "cpu" and dispatch.asked_for() in (None, "cpu") and not tile.requires_grad
+    if on_cpu and tile.numel() >= COMPILED_FROM:
+        from qlearn.kernels.cpu import sinkhorn as compiled  # here: it brings Numba
+
+        return compiled.scaled_deviations(tile, mu1, mu2)
+    return deviations(tile / mu1 / mu2)
 
 
 def deviations(tile):

@@ -3,9 +3,9 @@
     y = x W^T + b        with W = dequantize(codes, scales, ...) made anew in every forward pass, and dropped after it
 
 Between two passes only the packed tensors exist, so the memory is really saved; the backward pass of a training makes
-the matrix once more (`product.py`). This layer is plain: it spends time
-to unpack the matrix, where a fast one multiplies with the codes directly. What it computes is exactly F.linear with
-the dequantized weight.
+the matrix once more (`product.py`). What is computed is exactly F.linear with the dequantized weight, but for a few
+tokens at a time, as text is generated: then a kernel multiplies with the codes directly, if there is one that gains by
+it (`kernels.dispatch` says when), and its sums are rounded in another order.
 
 The tensors are buffers, so `state_dict()`, `load_state_dict()` and `.to(device)` do what they do for any module. With
 one exception: a change of dtype (`model.half()`, `model.to(torch.bfloat16)`) leaves them alone. A scale that is

@@ -9,12 +9,17 @@ pass. Then the whole model lies in memory in floats at the end of each forward p
 Here the packed weight is kept instead, and the matrix is made a second time when the gradient arrives. That costs one
 more dequantization for each layer and step. Numbers do not change: forward and backward compute what they would have.
 
+Where no gradient is wanted, `kernels.dispatch` finds the fastest way to the product; for a few tokens at a time, that
+is from the packed codes.
+
 Source: QLoRA, arXiv 2305.14314, section 3, "double dequantization"; bitsandbytes does the same in `MatMul4Bit`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from qlearn.kernels import dispatch
 
 
 def product(x, quantized, bias=None):
@@ -33,7 +38,7 @@ def product(x, quantized, bias=None):
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Product.apply(x, quantized, bias)
-    return F.linear(x, quantized.dequantize(x.dtype), bias)
+    return dispatch.matmul(x, quantized, bias)
 
 
 class _Product(torch.autograd.Function):

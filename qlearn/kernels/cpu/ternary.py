@@ -26,13 +26,14 @@ keep a small table in a vector register, for one token; that takes instructions 
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llvmlite import ir
 from numba import literally, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from qlearn.kernels.cpu.threads import pool
 
 PER_BYTE = (5, 4)  # trits in a byte: base 3, or 2 bits each
 MAX_IN_FEATURES = (2**31 - 1) // 128
@@ -157,14 +158,8 @@ def _sums(x, tiles, columns, per_byte, threads):
     else:
         share = -(-out // threads) or 1
         spans = [(start, min(out, start + share)) for start in range(0, out, share)]
-        list(_pool(threads).map(lambda span: product(x, tiles, groups, per_byte, y, *span), spans))
+        list(pool(threads).map(lambda span: product(x, tiles, groups, per_byte, y, *span), spans))
     return y
-
-
-@functools.cache
-def _pool(threads):
-    """Threads that wait for work: to start them takes longer than many a product."""
-    return ThreadPoolExecutor(threads)
 
 
 # ---- compiled loops --------------------------------------------------------------------------------------------------
