@@ -475,43 +475,62 @@ def _stage_product(form):
 
 def _unit_product(form):
     """A device function: what a warp does with a unit. It returns acc, 4 sums for each column tile."""
-    bits, nothing = form.bits, (np.float32(0),) * (8 * form.tiles)
-    multiply, add = _columns(form)
-    scales_at = ROWS * INPUTS * bits // 8
-    zeros_at = INPUTS // form.group * ROWS * 2  # behind the scales
-    j_of_group = 4 * form.group // INPUTS  # how many of the four j share a scale
-    decode, offsets, moved = numbers_of(bits, form.bfloat), offsets_of(bits, form.bfloat), moved_by(form.bfloat)
-    has_zeros, exact, constants = form.zeros is not None, form.zeros != "float", constant_offsets(bits, form.bfloat)
-    pair_of = ptx.b2_of_floats if form.bfloat else ptx.h2_of_floats
+    one, two, three, four = (_quarter(form, j) for j in range(4))
+    nothing, scales_at = (np.float32(0),) * (8 * form.tiles), ROWS * INPUTS * form.bits // 8
 
     @device_function
     def unit_product(words, at, xa, x_stride, lane, M, acc):
-        g, t = uint32(lane >> uint32(2)), uint32(lane & uint32(3))
-        place = uint32(at + uint32(scales_at) + g * uint32(2))
-        for j in range(4):
-            if j % j_of_group == 0:
-                scale_low = ptx.load_shared_half(place)
-                scale_high = ptx.load_shared_half(uint32(place + uint32(16)))
-                low, high = constants, constants
-                if has_zeros:
-                    zero_low = ptx.load_shared_half(uint32(place + uint32(zeros_at)))
-                    zero_high = ptx.load_shared_half(uint32(place + uint32(zeros_at + 16)))
-                    if exact:
-                        low, high = offsets(zero_low), offsets(zero_high)
-                    else:
-                        low = high = offsets(float32(0))
-                        rest_low, rest_high = pair_of(-zero_low, -zero_low), pair_of(-zero_high, -zero_high)
-                place = uint32(place + uint32(32))
-                part = nothing
-            a, b = decode(words, 0, j, low), decode(words, 1, j, high)
-            if not exact:
-                a, b = moved(a, rest_low), moved(b, rest_high)
-            part = multiply(uint32(0), a, b, uint32(xa + t * uint32(16) + uint32(j * 64)), g, x_stride, M, part)
-            if (j + 1) % j_of_group == 0:
-                acc = add(acc, part, scale_low, scale_high)
+        g = uint32(lane >> uint32(2))
+        xa = uint32(xa + uint32(lane & uint32(3)) * uint32(16))
+        at = uint32(at + uint32(scales_at) + g * uint32(2))
+        group = float32(0), float32(0)
+        acc, part, group = one(words, at, xa, g, x_stride, M, acc, nothing, group)
+        acc, part, group = two(words, at, xa, g, x_stride, M, acc, part, group)
+        acc, part, group = three(words, at, xa, g, x_stride, M, acc, part, group)
+        acc, part, group = four(words, at, xa, g, x_stride, M, acc, part, group)
         return acc
 
     return unit_product
+
+
+def _quarter(form, j):
+    """A device function: the inputs 32 j ... 32 j + 31 of a unit.
+
+    part: the sums of a group so far.  group: its scales for the two rows of the lane.
+    """
+    bits, bfloat, nothing = form.bits, form.bfloat, (np.float32(0),) * (8 * form.tiles)
+    multiply, add = _columns(form)
+    of_group = 4 * form.group // INPUTS  # how many quarters share a scale
+    begins, ends, scale_at, x_at = j % of_group == 0, (j + 1) % of_group == 0, j // of_group * 32, j * 64
+    zeros_at = INPUTS // form.group * ROWS * 2  # behind the scales
+    low_numbers, high_numbers = numbers_of(bits, bfloat, 0, j), numbers_of(bits, bfloat, 1, j)
+    has_zeros, exact, constants = form.zeros is not None, form.zeros != "float", constant_offsets(bits, bfloat)
+    offsets, moved = offsets_of(bits, bfloat), moved_by(bfloat)
+    pair_of = ptx.b2_of_floats if bfloat else ptx.h2_of_floats
+
+    @device_function
+    def quarter(words, at, xa, g, x_stride, M, acc, part, group):
+        place = uint32(at + uint32(scale_at))
+        if begins:
+            low, high = ptx.load_shared_half(place), ptx.load_shared_half(uint32(place + uint32(16)))
+            group = low, high
+            part = nothing
+        if has_zeros:
+            zero_low = ptx.load_shared_half(uint32(place + uint32(zeros_at)))
+            zero_high = ptx.load_shared_half(uint32(place + uint32(zeros_at + 16)))
+            if exact:
+                a, b = low_numbers(words, offsets(zero_low)), high_numbers(words, offsets(zero_high))
+            else:
+                a, b = low_numbers(words, offsets(float32(0))), high_numbers(words, offsets(float32(0)))
+                a, b = moved(a, pair_of(-zero_low, -zero_low)), moved(b, pair_of(-zero_high, -zero_high))
+        else:
+            a, b = low_numbers(words, constants), high_numbers(words, constants)
+        part = multiply(uint32(0), a, b, uint32(xa + uint32(x_at)), g, x_stride, M, part)
+        if ends:
+            acc = add(acc, part, group[0], group[1])
+        return acc, part, group
+
+    return quarter
 
 
 def _columns(form, tiles=None):

@@ -133,8 +133,37 @@ def _wide(word, of=halves):
 
 
 def _permute(a, b, selector):
+    """Four of eight bytes; where 8 is added to the number of a byte, it is replaced by its sign, eight times."""
     eight = np.array([a, b], np.uint32).view(np.uint8)
-    return eight[[int(selector) >> 4 * k & 7 for k in range(4)]].view(np.uint32)[0]
+    four = eight[[int(selector) >> 4 * k & 7 for k in range(4)]]
+    if int(selector) & 0x8888:
+        signs = (four.view(np.int8) >> 7).view(np.uint8)
+        four = np.where([int(selector) >> 4 * k & 8 for k in range(4)], signs, four)
+    return four.view(np.uint32)[0]
+
+
+def _sum(a, b, c):
+    """a b + c, whose product float64 holds exactly; the sum is rounded to odd, so that it can be rounded once more.
+
+    Rounded to odd: what is not exact ends in a one, and so is never at the middle between two shorter numbers.
+    """
+    product = a * b
+    total = product + c
+    if np.isfinite(total):
+        part = total - product
+        lost = (product - (total - part)) + (c - part)
+        if lost and not int(np.float64(total).view(np.int64)) & 1:
+            total = np.nextafter(total, np.inf if lost > 0 else -np.inf)
+    return total
+
+
+def _narrow(number):
+    """A float64 as float32, rounded to odd."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(number)
+    if np.isfinite(number) and nearest != number and not int(nearest.view(np.int32)) & 1:
+        nearest = np.nextafter(nearest, np.float32(np.copysign(np.inf, number - np.float64(nearest))))
+    return nearest
 
 
 and_or = op("and_or", "u", "uuu", "lop3.b32 $0, $1, $2, $3, 0xea;", lambda a, b, c: (a & b) | c)
@@ -147,7 +176,7 @@ fma_h2 = op(
 )
 fma_b2 = op(
     "fma_b2", "u", "uuu", "fma.rn.bf16x2 $0, $1, $2, $3;",
-    lambda a, b, c: word_of_bfloats(_wide(a, bfloats) * _wide(b, bfloats) + _wide(c, bfloats)),
+    lambda *words: word_of_bfloats([_narrow(_sum(*abc)) for abc in np.stack([_wide(w, bfloats) for w in words]).T]),
 )  # fmt: skip
 floats_of_h2 = op(
     "floats_of_h2", "ff", "u",
@@ -165,16 +194,9 @@ hidden = op("hidden", "u", "u", "mov.b32 $0, $1;", lambda a: np.uint32(a), True)
 
 
 def _fma(a, b, c):
-    """a b + c, rounded once. float64 holds a b exactly; the sum is rounded to odd there, then to float32."""
-    product, c = float(a) * float(b), float(c)
-    total = product + c
-    if np.isfinite(total):
-        part = total - product
-        lost = (product - (total - part)) + (c - part)
-        if lost and not int(np.float64(total).view(np.int64)) & 1:
-            total = np.nextafter(total, np.inf if lost > 0 else -np.inf)
+    """a b + c in float32, rounded once."""
     with np.errstate(over="ignore"):
-        return np.float32(total)
+        return np.float32(_sum(float(a), float(b), float(c)))
 
 
 def _extreme(choose, of_zeros):
