@@ -92,6 +92,11 @@ def _parser():
     add.add_argument("tensor", nargs="?", metavar="TENSOR", help="such as blk.0.attn_q.weight")
     add.add_argument("block", nargs="?", type=int, default=0, metavar="BLOCK", help="its number, the first by default")
 
+    more = "On an NVIDIA GPU, beside what else is installed there. Five minutes."
+    add = command(_bench, "bench", "time the kernels", more)
+    add.add_argument("what", choices=["kernels"], help="kernels: those for the GPU")
+    add.add_argument("--out", type=Path, metavar="FOLDER", help="where to write kernels.json; the package by default")
+
     more = "For authors: executes lessons/source and solutions/source and writes lessons, solutions and exercises."
     add = command(_build, "build", "build the notebooks from their sources", more)
     add.add_argument("names", nargs="*", metavar="NAME", help="which, such as 02_absmax or 02; all by default")
@@ -161,6 +166,13 @@ def _inspect(options):
     kind, block = file.tensor(options.tensor).type.name, file.block(options.tensor, options.block)
     print(f"{options.tensor}, block {options.block}, {kind}: {block.tobytes().hex(' ')}\n")
     print("\n".join(map(str, dissect(block, kind))))
+    return 0
+
+
+def _bench(options):
+    from qlearn.bench import kernels
+
+    kernels.main(["--out", str(options.out)] if options.out else [])
     return 0
 
 

@@ -146,10 +146,12 @@ def numba():
 
 def gpu():
     """Which device CUDA kernels run on; without one they are simulated, which is no problem."""
-    from numba import cuda
+    from qlearn.kernels.cuda import SIMULATED  # it decides, so it comes first
 
     try:
-        if cuda.is_available():
+        if not SIMULATED:
+            from numba import cuda
+
             name = cuda.get_current_device().name
             return name.decode() if isinstance(name, bytes) else str(name)
     except Exception as error:  # the driver's errors have no common base

@@ -104,13 +104,11 @@ def test_data_folder(tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_does_not_answer(monkeypatch):
-    from numba import cuda
-
     def fails():
         raise OSError("driver mismatch")
 
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "get_current_device", fails)
+    monkeypatch.setattr("qlearn.kernels.cuda.SIMULATED", False)
+    monkeypatch.setattr("numba.cuda.get_current_device", fails)
     assert problem(doctor.gpu) == (
         "a GPU is here but does not answer (driver mismatch)",
         "Check the driver with nvidia-smi",
