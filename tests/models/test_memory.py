@@ -2,8 +2,8 @@
 
 The process notes its resident memory before it quantizes and its high-water mark after, both from Linux' /proc, and
 reports the difference in units of a block (q, k, v, o of 768 x 768 and three matrices of 1280 x 768 in float32, 21 MB).
-It has quantized a smaller model before, so that libraries are loaded and caches filled, and glibc is told to give
-every larger piece of memory back at once.
+It has quantized a smaller model before, large enough for the compiled loops, so that libraries are loaded and caches
+filled, and glibc is told to give every larger piece of memory back at once.
 """
 
 import json
@@ -35,7 +35,7 @@ def make(blocks, hidden, intermediate):
 
 def measure(method, blocks, bits):
     options = {"bits": bits, "group_size": 64, "progress": False, "calibration": torch.arange(256).view(2, 128) % 64}
-    qlearn.quantize_model(make(1, 64, 64), method, **options)
+    qlearn.quantize_model(make(1, 128, 128), method, **options)
     model = make(blocks, 768, 1280)
     block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     before = memory("VmRSS")

@@ -43,7 +43,9 @@ def matmul(x, quantized, bias=None):
     if units.hadamard is not None:
         flat = hadamard(flat.float(), units.hadamard).to(x.dtype)
     y = torch.empty(len(flat), units.shape[0], dtype=x.dtype, device=x.device)
-    prepare(flat.contiguous(), units, y, overlap=True)()
+    flat = flat.contiguous()
+    flat = flat.clone() if flat.data_ptr() % 16 else flat  # the copies begin at multiples of 16 bytes
+    prepare(flat, units, y, overlap=True)()
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], -1)
 

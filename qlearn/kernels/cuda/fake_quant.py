@@ -205,9 +205,9 @@ def _signature(kind, arrays):
 
 
 COMPILED = [
-    (f"fake_quant forward {kind} {group}", forward_kernel(kind, group, THREADS), _signature(kind, 2), (7, 5))
+    (f"fake_quant forward {kind} {group}", forward_kernel(kind, group, THREADS), _signature(kind, 2), (8, 0))
     for kind, group in (("bfloat", 32), ("float", 128))
 ] + [
-    (f"fake_quant backward {case}", backward_kernel(*case, THREADS), _signature(case[0], 3), (7, 5))
+    (f"fake_quant backward {case}", backward_kernel(*case, THREADS), _signature(case[0], 3), (8, 0))
     for case in (("bfloat", 32, True, False), ("float", 64, True, True))
 ]

@@ -61,7 +61,8 @@ class Kernel:
         """A function without arguments that runs the kernel on these tensors, which it keeps alive.
 
         overlap: let it begin while the kernel before it still runs.
-        Raises TypeError for a tensor that is not contiguous or of a dtype that kernels do not know.
+        Raises TypeError for a tensor that is not contiguous or of a dtype that kernels do not know, and for an int that
+        does not fit into 32 bits.
         """
         shared = self.shared_bytes if shared_bytes is None else shared_bytes
         signature = tuple(_type_of(arg) for arg in args)
@@ -153,7 +154,11 @@ def _type_of(arg):
         if arg.dtype not in _DTYPES or not arg.is_contiguous():
             raise TypeError(f"a kernel takes contiguous tensors of {list(_DTYPES)}, not {arg.dtype}, {arg.stride()}")
         return _array_type(arg.dtype, arg.dim())
-    return types.float32 if isinstance(arg, float) else types.int32
+    if isinstance(arg, float):
+        return types.float32
+    if isinstance(arg, int) and -(2**31) <= arg < 2**31:
+        return types.int32
+    raise TypeError(f"a kernel takes tensors, floats and ints of 32 bits, not {arg!r} of {type(arg).__name__}")
 
 
 @functools.cache  # Numba takes ten microseconds to make one
@@ -164,7 +169,7 @@ def _array_type(dtype, dimensions):
 def _as_numpy(arg, kind):
     if not isinstance(arg, torch.Tensor):
         return np.float32(arg) if kind is types.float32 else np.int32(arg)
-    return (arg.view(torch.uint16) if arg.dtype == torch.bfloat16 else arg).numpy()
+    return (arg.view(torch.uint16) if arg.dtype == torch.bfloat16 else arg).detach().numpy()
 
 
 def _checked(result):

@@ -42,7 +42,7 @@ from qlearn.kernels.cuda.launch import OPT_IN_SHARED, Kernel, multiprocessors
 from qlearn.kernels.cuda.layout import INPUTS, ROWS, unit_bytes
 from qlearn.kernels.cuda.numbers import constant_offsets, moved_by, numbers_of, offsets_of, words_of
 
-from numba import cuda, float32, int32, uint32, uint64  # isort: skip - after qlearn.kernels.cuda has chosen
+from numba import cuda, float32, int32, types, uint32, uint64  # isort: skip - after qlearn.kernels.cuda has chosen
 
 MAX_ROWS = 32
 CAPABILITY = (9, 0)
@@ -133,6 +133,8 @@ def plan_for(x, units, warps=None, per_stage=None, stages=None, slices=None, per
         tiles *= 2
     usual = _USUAL[tiles if M > 2 else 0]
     warps, per_stage = warps or usual.warps, per_stage or usual.per_stage
+    if per_stage != warps and per_stage % (2 * warps):  # a warp takes one unit of a stage, or two by two
+        raise ValueError(f"per_stage={per_stage} with {warps} warps; pass {warps} or a multiple of {2 * warps}")
     form = Form(
         units.bits, units.group, units.zeros, x.dtype == torch.bfloat16, units.column_scales is not None, tiles,
         warps, per_stage, stages or max(2, usual.bytes_ahead // (per_stage * units.unit_bytes)),
@@ -172,6 +174,8 @@ def _check(x, units):
         raise ValueError(f"x has {len(x)} rows, strides {x.stride()}; pass 1 to {MAX_ROWS} contiguous rows")
     if x.device != units.data.device:
         raise ValueError(f"x is on {x.device} and the weight on {units.data.device}; move one of them")
+    if x.data_ptr() % 16:
+        raise ValueError("x begins at an address that is no multiple of 16, where it cannot be copied from; clone it")
 
 
 class _Shared(NamedTuple):
@@ -679,3 +683,33 @@ def add_slices(bfloat):
             )
 
     return Kernel(add_slices, 256)
+
+
+def _compiled():
+    """What `COMPILED` lists: every form of codes and of zeros, each of the others once or twice; as they are used."""
+    for bits, group, zeros, bfloat, scaled, tiles, sliced in (
+        (4, 128, None, False, False, 1, False),
+        (4, 64, "integer", True, False, 1, False),
+        (4, 64, "float", False, False, 2, False),
+        (4, 128, "integer", True, True, 4, True),
+        (2, 64, "integer", False, False, 1, True),
+        (2, 32, "float", True, False, 2, False),
+        (3, 64, "integer", False, True, 1, False),
+        (3, 128, None, True, False, 4, False),
+        (8, 128, None, False, False, 1, False),
+        (8, 64, "float", True, True, 1, False),
+    ):
+        usual = _USUAL[tiles if scaled else 0 if tiles == 1 else tiles]
+        stages = max(2, usual.bytes_ahead // (usual.per_stage * unit_bytes(bits, group, zeros)))
+        form = Form(bits, group, zeros, bfloat, scaled, tiles, usual.warps, usual.per_stage, stages, sliced)
+        half = types.uint16 if bfloat else types.float16
+        flat, x, factors = (types.Array(d, n, "C") for d, n in ((types.uint8, 1), (half, 2), (types.float32, 1)))
+        y = types.Array(types.float32, 3, "C") if sliced else x
+        yield f"matmul {form}", kernel(form), (flat, x, factors, y, *[types.int32] * 9), CAPABILITY
+    for bfloat in (False, True):
+        y = types.Array(types.uint16 if bfloat else types.float16, 2, "C")
+        signature = types.Array(types.float32, 3, "C"), y, *[types.int32] * 3
+        yield f"add_slices {'bfloat' if bfloat else 'half'}", add_slices(bfloat), signature, CAPABILITY
+
+
+COMPILED = list(_compiled())

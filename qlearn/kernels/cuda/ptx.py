@@ -11,6 +11,8 @@ of shared memory (names with `shared`) have 32 bits.
 The instructions: PTX ISA 9.0, chapter 9.7. https://docs.nvidia.com/cuda/parallel-thread-execution/
 """
 
+import math
+import struct
 import time
 
 import numpy as np
@@ -149,21 +151,31 @@ def _sum(a, b, c):
     """
     product = a * b
     total = product + c
-    if np.isfinite(total):
+    if math.isfinite(total):
         part = total - product
         lost = (product - (total - part)) + (c - part)
-        if lost and not int(np.float64(total).view(np.int64)) & 1:
-            total = np.nextafter(total, np.inf if lost > 0 else -np.inf)
+        if lost and not struct.pack("<d", total)[0] & 1:
+            total = math.nextafter(total, math.inf if lost > 0 else -math.inf)
     return total
 
 
-def _narrow(number):
-    """A float64 as float32, rounded to odd."""
-    with np.errstate(over="ignore"):
-        nearest = np.float32(number)
-    if np.isfinite(number) and nearest != number and not int(nearest.view(np.int32)) & 1:
-        nearest = np.nextafter(nearest, np.float32(np.copysign(np.inf, number - np.float64(nearest))))
-    return nearest
+def _bfloat_of(number):
+    """The bits of the bfloat16 nearest to a float64. On the way it is rounded to odd, as a float32."""
+    if math.isnan(number):
+        return 0x7FFF
+    try:
+        single = struct.pack("<f", number)
+    except OverflowError:
+        return 0xFF80 if number < 0 else 0x7F80
+    (bits,), (nearest,) = struct.unpack("<I", single), struct.unpack("<f", single)
+    if nearest != number:
+        bits = bits - (abs(nearest) > abs(number)) | 1
+    return bits + 0x7FFF + (bits >> 16 & 1) >> 16
+
+
+def _fma_b2(*words):
+    low, high = zip(*(bfloats(word).tolist() for word in words), strict=True)
+    return np.uint32(_bfloat_of(_sum(*low)) | _bfloat_of(_sum(*high)) << 16)
 
 
 and_or = op("and_or", "u", "uuu", "lop3.b32 $0, $1, $2, $3, 0xea;", lambda a, b, c: (a & b) | c)
@@ -174,10 +186,7 @@ mul_h2 = op("mul_h2", "u", "uu", "mul.f16x2 $0, $1, $2;", lambda a, b: word_of_h
 fma_h2 = op(
     "fma_h2", "u", "uuu", "fma.rn.f16x2 $0, $1, $2, $3;", lambda a, b, c: word_of_halves(_wide(a) * _wide(b) + _wide(c))
 )
-fma_b2 = op(
-    "fma_b2", "u", "uuu", "fma.rn.bf16x2 $0, $1, $2, $3;",
-    lambda *words: word_of_bfloats([_narrow(_sum(*abc)) for abc in np.stack([_wide(w, bfloats) for w in words]).T]),
-)  # fmt: skip
+fma_b2 = op("fma_b2", "u", "uuu", "fma.rn.bf16x2 $0, $1, $2, $3;", _fma_b2)
 floats_of_h2 = op(
     "floats_of_h2", "ff", "u",
     "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }",

@@ -448,7 +448,7 @@ def _signature(kind, group, bits, scale_kind="half"):
 
 _BYTES, _FLOATS = types.Array(types.uint8, 1, "C"), types.Array(types.float32, 1, "C")
 COMPILED = [
-    (f"rtn {case}", rtn_kernel(*case, "half", THREADS), _signature(*case[:3]), (7, 5))
+    (f"rtn {case}", rtn_kernel(*case, "half", THREADS), _signature(*case[:3]), (8, 0))
     for case in (
         ("bfloat", 64, 4, True),
         ("bfloat", 64, 4, False),

@@ -397,6 +397,7 @@ def _signature(kind, scale_kind):
     return types.Array(dtypes[kind], 2, "C"), codes, scales, floats, scales, floats, state, *[types.int32] * 6
 
 
+SPILLS = 56  # bytes of a thread at most, compiled for 8.0; for 9.0, 16: so two blocks of threads run side by side
 COMPILED = [
     (f"sinq {case}", sinq_kernel(*case, "half", THREADS[case[0]] * 64 // max(case[1], 64))[0],
      _signature(case[0], "half"), (8, 0))
