@@ -92,7 +92,7 @@ def _parser():
     add.add_argument("tensor", nargs="?", metavar="TENSOR", help="such as blk.0.attn_q.weight")
     add.add_argument("block", nargs="?", type=int, default=0, metavar="BLOCK", help="its number, the first by default")
 
-    more = "On an NVIDIA GPU, beside what else is installed there. Five minutes."
+    more = "On an NVIDIA GPU, beside what else is installed there. Two minutes."
     add = command(_bench, "bench", "time the kernels", more)
     add.add_argument("what", choices=["kernels"], help="kernels: those for the GPU")
     add.add_argument("--out", type=Path, metavar="FOLDER", help="where to write kernels.json; the package by default")

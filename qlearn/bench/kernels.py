@@ -16,7 +16,7 @@ means that a kernel may begin while the last one still runs (`kernels/cuda/launc
 **Quantizing** a layer of Llama 8B, seven matrices: SINQ with its whole balancing, round to nearest, and torch's
 operations for the same; MXFP4 with a rotation; the two passes of fake quantization.
 
-`GB/s` counts what has to be read and written once. About five minutes, three of them for compiling.
+`GB/s` counts what has to be read and written once. About two minutes.
 """
 
 import argparse

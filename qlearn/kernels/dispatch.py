@@ -16,11 +16,11 @@ They are asked in this order, and the first that has nothing to say against it i
     reference  yes
 
 **The rule for the processor.** The kernel there is for generating text, one token at a time or a few: at most 8 rows of
-x, float32, and a weight of at least 32,768 numbers (the smallest layers of the bundled model). There it was faster than
-the reference at every size and number of bits that was measured: for large layers see `qlearn.bench.cpu_kernels`; for
-those of the bundled model it took a third to an eighth of the time. With 64 rows these took about as long either way,
-since torch's product of floats is made for many; and then the result of the reference, which is F.linear to the last
-bit, is worth more. The first call waits a second or two for the compiler; small matrices would never earn that back.
+x, float32, and a weight of at least 32,768 numbers (the smallest layers of the bundled model). It was
+faster than the reference at every number of bits that `qlearn.bench.cpu_kernels` measures, with 1, 4 and 8 rows, on the
+layers of Llama 8B. The more rows, the less is gained, since torch's product of floats is made for many; and then the
+result of the reference, which is F.linear to the last bit, is worth more. The first call waits a second or two for the
+compiler; small matrices would never earn that back.
 
 **Overriding it.** `with use("reference"):` or the environment variable QLEARN_KERNELS=reference (or cpu, or cuda)
 leaves no choice. A backend that was asked for and cannot do it raises its reason; it is not replaced silently.

@@ -6,8 +6,7 @@ as these live.
 The kernel overlaps with what runs before it: it fetches weights while that still works, and waits before it touches x.
 So the weights must not be what the kernel just before has written; arranging them therefore ends with a wait.
 
-With more rows than the kernel takes, the float matrix is made and cuBLAS multiplies: then arithmetic is
-what costs, and each weight is used often enough to pay for unpacking it.
+With more rows than the kernel takes, the dispatcher goes on to the reference, which makes the float matrix for cuBLAS.
 """
 
 import torch
@@ -15,10 +14,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from qlearn.kernels.cuda import layout
 from qlearn.kernels.cuda.launch import capability
-from qlearn.kernels.cuda.matmul import CAPABILITY, MAX_ROWS, prepare
+from qlearn.kernels.cuda.matmul import CAPABILITY, MAX_ROWS
+from qlearn.kernels.cuda.matmul import matmul as product
 from qlearn.rotation import hadamard
 
-_arranged = WeakIdKeyDictionary()  # packed codes -> Units
+_arranged = WeakIdKeyDictionary()  # packed codes -> Units, and what they were made of
 
 
 def why_not(x, quantized):
@@ -27,7 +27,7 @@ def why_not(x, quantized):
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {str(x.dtype).removeprefix('torch.')}; the kernel takes float16 and bfloat16"
     if not 1 <= rows <= MAX_ROWS:
-        return f"x has {rows} rows; the kernel takes 1 to {MAX_ROWS}, and above that cuBLAS is faster"
+        return f"x has {rows} rows; the kernel takes 1 to {MAX_ROWS}"
     if quantized.packed.device != x.device:
         return f"x is on {x.device} and the weight on {quantized.packed.device}"
     has = capability(x.device.index)
@@ -42,19 +42,20 @@ def matmul(x, quantized, bias=None):
     flat = x.reshape(-1, x.shape[-1])
     if units.hadamard is not None:
         flat = hadamard(flat.float(), units.hadamard).to(x.dtype)
-    y = torch.empty(len(flat), units.shape[0], dtype=x.dtype, device=x.device)
     flat = flat.contiguous()
     flat = flat.clone() if flat.data_ptr() % 16 else flat  # the copies begin at multiples of 16 bytes
-    prepare(flat, units, y, overlap=True)()
+    y = product(flat, units, overlap=True)
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], -1)
 
 
 def arranged(quantized):
-    """The weight in the order of the kernel; made once for each tensor of packed codes."""
-    units = _arranged.get(quantized.packed)
-    if units is None:
-        units = _arranged[quantized.packed] = layout.arrange(quantized)
+    """The weight in the order of the kernel, made once, and again when one of the tensors was written to."""
+    state = [(t.data_ptr(), None if t.is_inference() else t._version) for t in quantized.state_tensors().values()]
+    units, made_of = _arranged.get(quantized.packed, (None, None))
+    if made_of != state:
+        units = layout.arrange(quantized)
+        _arranged[quantized.packed] = units, state
         if quantized.packed.is_cuda:
             torch.cuda.current_stream(quantized.packed.device).synchronize()
     return units

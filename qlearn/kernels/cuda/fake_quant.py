@@ -108,7 +108,7 @@ def forward_kernel(kind, group, threads=None):
             at = ptx.global_address(Values) + place
             put(at, q0 * d, q1 * d, q2 * d, q3 * d, q4 * d, q5 * d, q6 * d, q7 * d)
 
-    return Kernel(forward, threads)
+    return Kernel(forward, threads, needs=(8, 0))
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def backward_kernel(kind, group, clip_mask, scale_gradient, threads=None):
         if mine < uint32(octets):
             put(ptx.global_address(Result) + place, g0, g1, g2, g3, g4, g5, g6, g7)
 
-    return Kernel(backward, threads)
+    return Kernel(backward, threads, needs=(8, 0))
 
 
 @device_function

@@ -206,7 +206,7 @@ def gptq_kernel(bits, sym, late):
                     if inside:
                         Codes[i, row], Errors[i, row] = int32(code), error
 
-    return Kernel(gptq, THREADS, SHARED_E + 4 * COLUMNS * THREADS)
+    return Kernel(gptq, THREADS, SHARED_E + 4 * COLUMNS * THREADS, needs=(8, 0))
 
 
 @device_function

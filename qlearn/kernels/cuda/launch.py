@@ -45,10 +45,11 @@ class Kernel:
 
     function: written for Numba-CUDA.  threads: in a block.  shared_bytes: of dynamic shared memory for each block.
     registers: no more than these for a thread, so that more blocks fit side by side.
+    needs: the least compute capability.
     """
 
-    def __init__(self, function, threads, shared_bytes=0, registers=None):
-        self.function, self.threads, self.shared_bytes = function, threads, shared_bytes
+    def __init__(self, function, threads, shared_bytes=0, registers=None, needs=(7, 5)):
+        self.function, self.threads, self.shared_bytes, self.needs = function, threads, shared_bytes, needs
         self.__doc__ = function.__doc__
         self._jitted = cuda.jit(**({} if SIMULATED else {"max_registers": registers}))(function)
         self._loaded = {}  # (device, signature) -> driver's function
@@ -72,18 +73,21 @@ class Kernel:
         return _launcher(self.load(signature, shared), blocks, self.threads, shared, overlap, args)
 
     def load(self, signature, shared_bytes=None):
-        """Compile for argument types and for this GPU. Returns the driver's function."""
+        """Compile for argument types and for this GPU. Returns the driver's function.
+
+        Raises ValueError where the GPU's compute capability is less than the kernel needs.
+        """
+        has = capability(torch.cuda.current_device())
+        if has < self.needs:
+            raise ValueError(
+                "this GPU has compute capability {}.{}, and the kernel needs {}.{}".format(*has, *self.needs)
+            )
         shared = self.shared_bytes if shared_bytes is None else shared_bytes
         key = torch.cuda.current_device(), signature
         if key not in self._loaded:
             self._loaded[key] = _Loaded(self._jitted, signature)
         self._loaded[key].allow(shared)
         return self._loaded[key].function
-
-    def resources(self, signature):
-        """(registers of a thread, bytes of a thread that did not fit into registers)."""
-        self.load(signature)
-        return self._loaded[torch.cuda.current_device(), signature].resources
 
     def ptx(self, signature, capability):
         """The kernel in PTX for a compute capability such as (9, 0). Needs no GPU."""
@@ -101,7 +105,6 @@ class _Loaded:
         jitted.compile(signature)
         definition = jitted.overloads[signature]
         compiled = definition._codelibrary.get_cufunc()
-        self.resources = compiled.attrs.regs, compiled.attrs.local
         self.function = _checked(driver.cuKernelGetFunction(driver.CUkernel(int(compiled.handle))))
         self.shared = 48 * 1024
 
@@ -178,6 +181,17 @@ def _checked(result):
     if int(error):
         raise RuntimeError(f"the CUDA driver says {error.name}; see the CUDA driver API's list of errors")
     return values[0] if values else None
+
+
+def registers_for(warps, blocks):
+    """How many registers a thread may have if so many blocks of so many warps are to fit on a multiprocessor.
+
+    It has four parts with 16,384 registers each, which share the warps: with 18 warps, two parts have 5 to care for.
+
+    >>> registers_for(18, 1), registers_for(10, 2)
+    (96, 96)
+    """
+    return min(255, 16384 // (-(-warps * blocks // 4) * 32) // 8 * 8)
 
 
 @functools.cache

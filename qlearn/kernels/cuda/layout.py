@@ -83,6 +83,8 @@ def why_not(quantized):
         return f"the format is {format.name}, and the kernel knows integers of 2, 3, 4 and 8 bits"
     if block_rows != 1 or not (group in GROUPS or group % INPUTS == 0 or group == columns):
         return f"a scale is shared by {block_rows} x {group} weights, not by 32, 64 or a multiple of 128 of one row"
+    if isinstance(quantized.scales, torch.Tensor) and quantized.scales.dtype != torch.float16:
+        return f"the scales are {str(quantized.scales.dtype).removeprefix('torch.')}, and the kernel keeps float16"
     if columns % 8:
         return f"the rows have {columns} weights, which is no multiple of 8"
     if quantized.column_scales is not None and quantized.column_scales.dim() == 2:

@@ -25,8 +25,8 @@ The last warp also has x copied to shared memory at the beginning. If x is too l
 slices, and a block works on one of them; a second, small kernel adds up.
 
 **Overlap.** Nothing of the weights depends on the kernel before. So with `overlap` a block begins to fill its ring
-while that one still runs, and waits for it only before it reads x. The weights must be finished by then: not written
-by the kernel right before.
+while that one still runs, and waits for it only before it reads x. The weights must be complete before the first of a
+row of such launches begins.
 
 The same kernel serves M from 1 to 8; for 16 and 32 only the number of column tiles changes.
 """
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from qlearn.kernels.cuda import device_function, ptx
-from qlearn.kernels.cuda.launch import OPT_IN_SHARED, Kernel, multiprocessors
+from qlearn.kernels.cuda.launch import OPT_IN_SHARED, Kernel, multiprocessors, registers_for
 from qlearn.kernels.cuda.layout import INPUTS, ROWS, unit_bytes
 from qlearn.kernels.cuda.numbers import constant_offsets, moved_by, numbers_of, offsets_of, words_of
 
@@ -51,15 +51,16 @@ PADDED = 20  # floats for the sums of 16 rows: so the lanes of a warp write to d
 SHARED_MOST = OPT_IN_SHARED[CAPABILITY] * 1024
 
 
-def matmul(x, units):
+def matmul(x, units, overlap=False):
     """x W^T.
 
     x: float16 or bfloat16 (M, columns), 1 <= M <= 32.  units: Units (rows, columns), on the same device.
+    overlap: see the top.
     Returns (M, rows) in the dtype of x.
     Raises ValueError for another dtype or shape.
     """
     y = torch.empty(len(x), units.shape[0], dtype=x.dtype, device=x.device)
-    prepare(x, units, y)()
+    prepare(x, units, y, overlap=overlap)()
     return y
 
 
@@ -70,21 +71,11 @@ def prepare(x, units, y, plan=None, overlap=False):
     to = y if slices == 1 else torch.empty(slices, M, N + -N % ROWS, dtype=torch.float32, device=x.device)
     factors = units.data[:4].view(torch.float32) if units.column_scales is None else units.column_scales
     row_units, row_tiles = -(-K // INPUTS), -(-N // ROWS)
-    args = (
-        units.data,
-        x,
-        factors,
-        to,
-        N,
-        K,
-        M,
-        row_units,
-        -(-row_units // slices),
-        *divmod(row_tiles, plan.blocks // slices),
-    )
     product = kernel(plan.form).prepare(
-        plan.blocks, *args, slices, int(overlap), overlap=overlap, shared_bytes=plan.shared_bytes
-    )
+        plan.blocks, units.data, x, factors, to, N, K, M,
+        row_units, -(-row_units // slices), *divmod(row_tiles, plan.blocks // slices), slices, int(overlap),
+        overlap=overlap, shared_bytes=plan.shared_bytes,
+    )  # fmt: skip
     if slices == 1:
         return product
     sum_up = add_slices(plan.form.bfloat).prepare(-(-(N + -N % ROWS) * M // 1024), to, y, N, M, slices, overlap=overlap)
@@ -222,13 +213,8 @@ def _row_bytes(units):
 def kernel(form):
     """The kernel of a form: (units, x, column_scales, y, N, K, M, how the work is shared) -> y."""
     warps, stages, at, unit = form.warps, form.stages, _shared(form), unit_bytes(form.bits, form.group, form.zeros)
-    full_at, empty_at, sums_full_at, sums_empty_at, buffers = (
-        at.full,
-        at.empty,
-        at.sums_full,
-        at.sums_empty,
-        _buffers(form),
-    )
+    full_at, empty_at, buffers = at.full, at.empty, _buffers(form)
+    sums_full_at, sums_empty_at = at.sums_full, at.sums_empty
     x_full_at, x_scaled_at, ask_for_x, fill_up = at.x_full, at.x_scaled, _ask_for_x(form), _fill_up(form)
     fetch_stages, multiply_tiles, finish_tiles = _fetch_stages(form), _multiply_tiles(form), _finish_tiles(form)
     forever = 2**31 - 1
@@ -283,7 +269,7 @@ def kernel(form):
     form_sliced, threads = form.sliced, (warps + 2) * 32
     matmul.__name__ = f"matmul_w{form.bits}g{form.group}_{'bf16' if form.bfloat else 'fp16'}_m{8 * form.tiles}"
     side_by_side = 2 if form.tiles == 1 and warps <= 8 else 1
-    return Kernel(matmul, threads, registers=min(255, 65536 // (threads * side_by_side) // 8 * 8))
+    return Kernel(matmul, threads, registers=registers_for(warps + 2, side_by_side), needs=CAPABILITY)
 
 
 def _fetch_stages(form):
@@ -325,12 +311,8 @@ def _fetch_stages(form):
 
 def _multiply_tiles(form):
     """A device function: what the multiplying warps do."""
-    at, unit, per_stage, stages = (
-        _shared(form),
-        unit_bytes(form.bits, form.group, form.zeros),
-        form.per_stage,
-        form.stages,
-    )
+    at, per_stage, stages = _shared(form), form.per_stage, form.stages
+    unit = unit_bytes(form.bits, form.group, form.zeros)
     full_at, empty_at, x_at, no_sums = at.full, at.empty, at.x, (np.float32(0),) * (4 * form.tiles)
     await_x, stage_product, hand_over = _await_x(form), _stage_product(form), _hand_over(form)
 
@@ -540,8 +522,8 @@ def _quarter(form, j):
 def _columns(form, tiles=None):
     """Two device functions: the multiplications with all column tiles, and the sums times the scales.
 
-    They are put together from those for half as many tiles, because numbers in tuples always become registers, while
-    an array may end up in memory.
+    They are put together from those for half as many tiles, so that every place in a tuple is known when they are made.
+    Loops over arrays of sums took 2.5 times as long (`NOTES.md`).
     """
     tiles = form.tiles if tiles is None else tiles
     mma = ptx.mma_bfloat if form.bfloat else ptx.mma_half
@@ -682,7 +664,7 @@ def add_slices(bfloat):
                 ptx.global_address(y) + (uint64(column) * uint64(N) + uint64(line)) * uint64(2), line, N, a, b, c, d
             )
 
-    return Kernel(add_slices, 256)
+    return Kernel(add_slices, 256, needs=CAPABILITY)
 
 
 def _compiled():

@@ -8,8 +8,8 @@ second pair lies four bits further up: there the same bits make 1024 + 16 q, and
 way. A code that lies r bits up makes 1024 + 2^r q; this goes well for r + bits <= 10, and beyond that the word is
 shifted first. The mantissa of bfloat16 has 7 bits instead of 10: there it is 128 + q, and every pair is shifted down.
 
-Everything up to here is exact if z is a whole number. A zero-point with a fraction is subtracted by itself, and rounded
-once.
+Everything up to here is exact if z is a whole number. A zero-point with a fraction is subtracted by itself: then the
+difference is rounded, and with bfloat16 the zero-point too.
 
 `layout.py` says which pair lies where.
 """
@@ -110,8 +110,7 @@ def constant_offsets(bits, bfloat):
 
 def moved_by(bfloat):
     """A device function: four words of pairs, each plus the same."""
-    one = 0x3F803F80 if bfloat else 0x3C003C00
-    fma = ptx.fma_b2 if bfloat else ptx.fma_h2
+    fma, _, one = _arithmetic(bfloat)
 
     @device_function
     def moved(words, by):
@@ -124,141 +123,87 @@ def moved_by(bfloat):
 
 
 def numbers_of(bits, bfloat, half, j):
-    """A device function: the four pairs of numbers that a lane owns for a j, of row g (half 0) or of row g + 8.
+    """A device function (words, offsets): the four pairs of numbers of a lane for a j, of row g (half 0) or g + 8.
 
-    half and j are known when it is made. Were they arguments, the compiler would choose the words of a tuple while the
-    kernel runs, wherever it does not care to unroll a loop: that was measured, and took three times as long.
+    half and j are known when it is made. As arguments they would leave it to the compiler to unroll the loop over j,
+    and where it did not, a product took three times as long (`NOTES.md`).
     """
-    if bfloat:
-        return _decode_bfloat(bits, half, j)
-    low, bias, mask = 0x3C003C00, 0x64006400, 2**bits - 1 | (2**bits - 1) << 16
+    if bits == 3:
+        return _three_bits(bfloat, half, j)
+    if bits == 8 and bfloat:
+        return _eight_bits_bfloat(half, j)
+    fma, bias, _ = _arithmetic(bfloat)
+    pairs = [_pair(bits, bfloat, half, j, p) for p in range(4)]
+    (w0, s0, m0, f0, o0), (w1, s1, m1, f1, o1), (w2, s2, m2, f2, o2), (w3, s3, m3, f3, o3) = pairs
+
+    @device_function
+    def numbers(words, offsets):
+        return (
+            fma(ptx.and_or(words[w0] >> uint32(s0), uint32(m0), uint32(bias)), uint32(f0), offsets[o0]),
+            fma(ptx.and_or(words[w1] >> uint32(s1), uint32(m1), uint32(bias)), uint32(f1), offsets[o1]),
+            fma(ptx.and_or(words[w2] >> uint32(s2), uint32(m2), uint32(bias)), uint32(f2), offsets[o2]),
+            fma(ptx.and_or(words[w3] >> uint32(s3), uint32(m3), uint32(bias)), uint32(f3), offsets[o3]),
+        )
+
+    return numbers
+
+
+def _arithmetic(bfloat):
+    """The multiply-add of a dtype, the word with twice 1024.0 (or 128.0), and the word with twice 1.0."""
+    return (ptx.fma_b2, 0x43004300, 0x3F803F80) if bfloat else (ptx.fma_h2, 0x64006400, 0x3C003C00)
+
+
+def _pair(bits, bfloat, half, j, p):
+    """Where pair p lies, and what is done to it: word, bits to shift down, mask, factor, number of the offset."""
     if bits == 8:
-        first = half * 8 + j // 2 * 4 + j % 2 * 2
-        second = first + 1
-
-        @device_function
-        def decode(words, offsets):
-            a, b = words[first], words[second]
-            return (
-                ptx.fma_h2(ptx.and_or(a, uint32(mask), uint32(bias)), uint32(low), offsets[0]),
-                ptx.fma_h2(ptx.and_or(a >> uint32(8), uint32(mask), uint32(bias)), uint32(low), offsets[0]),
-                ptx.fma_h2(ptx.and_or(b, uint32(mask), uint32(bias)), uint32(low), offsets[0]),
-                ptx.fma_h2(ptx.and_or(b >> uint32(8), uint32(mask), uint32(bias)), uint32(low), offsets[0]),
-            )
-
+        word, at = half * 8 + j // 2 * 4 + j % 2 * 2 + p // 2, 8 * (p % 2)
     elif bits == 4:
-        sixteenth, which = 0x2C002C00, half * 4 + j
-
-        @device_function
-        def decode(words, offsets):
-            a = words[which]
-            b = a >> uint32(8)
-            return (
-                ptx.fma_h2(ptx.and_or(a, uint32(mask), uint32(bias)), uint32(low), offsets[0]),
-                ptx.fma_h2(ptx.and_or(a, uint32(mask << 4), uint32(bias)), uint32(sixteenth), offsets[1]),
-                ptx.fma_h2(ptx.and_or(b, uint32(mask), uint32(bias)), uint32(low), offsets[0]),
-                ptx.fma_h2(ptx.and_or(b, uint32(mask << 4), uint32(bias)), uint32(sixteenth), offsets[1]),
-            )
-
-    elif bits == 3:
-        third, two = 0x00040004, 0x00030003
-        which, down, thirds = half * 2 + j // 2, 8 * (j % 2), 4 + half
-
-        @device_function
-        def decode(words, offsets):
-            a = words[which] >> uint32(down)
-            h = (words[thirds] >> uint32(4 * j)) << uint32(2)
-            n0 = ptx.and_or(h, uint32(third), ptx.and_or(a, uint32(two), uint32(bias)))
-            n1 = ptx.and_or(h >> uint32(1), uint32(third), ptx.and_or(a >> uint32(2), uint32(two), uint32(bias)))
-            n2 = ptx.and_or(h >> uint32(2), uint32(third), ptx.and_or(a >> uint32(4), uint32(two), uint32(bias)))
-            n3 = ptx.and_or(h >> uint32(3), uint32(third), ptx.and_or(a >> uint32(6), uint32(two), uint32(bias)))
-            return (
-                ptx.fma_h2(n0, uint32(low), offsets[0]), ptx.fma_h2(n1, uint32(low), offsets[0]),
-                ptx.fma_h2(n2, uint32(low), offsets[0]), ptx.fma_h2(n3, uint32(low), offsets[0]),
-            )  # fmt: skip
-
+        word, at = half * 4 + j, 4 * p
     else:
-        fourth, sixteenth, last = 0x34003400, 0x2C002C00, 0x24002400
-        which, down = half * 2 + j // 2, 8 * (j % 2)
-
-        @device_function
-        def decode(words, offsets):
-            a = words[which] >> uint32(down)
-            return (
-                ptx.fma_h2(ptx.and_or(a, uint32(mask), uint32(bias)), uint32(low), offsets[0]),
-                ptx.fma_h2(ptx.and_or(a, uint32(mask << 2), uint32(bias)), uint32(fourth), offsets[1]),
-                ptx.fma_h2(ptx.and_or(a, uint32(mask << 4), uint32(bias)), uint32(sixteenth), offsets[2]),
-                ptx.fma_h2(ptx.and_or(a, uint32(mask << 6), uint32(bias)), uint32(last), offsets[3]),
-            )
-
-    return decode
+        word, at = half * 2 + j // 2, 8 * (j % 2) + 2 * p
+    up = 0 if bfloat else at % 8  # how far up it stays
+    mask = (2**bits - 1 | (2**bits - 1) << 16) << up
+    factor = _arithmetic(bfloat)[2] if bfloat else int(ptx.word_of_halves([2.0**-up] * 2))
+    return word, at - up, mask, factor, _places(bits, bfloat).index(up)
 
 
-def _decode_bfloat(bits, half, j):
-    """The same for bfloat16, where 128 + q is the most that the mantissa holds: every code is shifted down."""
-    one, bias, mask = 0x3F803F80, 0x43004300, 2**bits - 1 | (2**bits - 1) << 16
-    if bits == 8:
-        nibble, sixteen, minus_128 = 0x000F000F, 0x41804180, 0xC300C300
-        first = half * 8 + j // 2 * 4 + j % 2 * 2
-        second = first + 1
+def _three_bits(bfloat, half, j):
+    """Two bits of a code lie in one word, the third in another."""
+    fma, bias, one = _arithmetic(bfloat)
+    third, two = 0x00040004, 0x00030003
+    which, down, thirds = half * 2 + j // 2, 8 * (j % 2), 4 + half
 
-        @device_function
-        def number(word, offset):
-            # 16 h + l - z: every step is an integer of at most eight bits, so each is exact
-            high = ptx.fma_b2(
-                ptx.and_or(word >> uint32(4), uint32(nibble), uint32(bias)), uint32(one), uint32(minus_128)
-            )
-            low = ptx.fma_b2(ptx.and_or(word, uint32(nibble), uint32(bias)), uint32(one), uint32(minus_128))
-            code = ptx.fma_b2(high, uint32(sixteen), low)
-            return ptx.fma_b2(code, uint32(one), offset)
+    @device_function
+    def numbers(words, offsets):
+        a = words[which] >> uint32(down)
+        h = (words[thirds] >> uint32(4 * j)) << uint32(2)
+        n0 = ptx.and_or(h, uint32(third), ptx.and_or(a, uint32(two), uint32(bias)))
+        n1 = ptx.and_or(h >> uint32(1), uint32(third), ptx.and_or(a >> uint32(2), uint32(two), uint32(bias)))
+        n2 = ptx.and_or(h >> uint32(2), uint32(third), ptx.and_or(a >> uint32(4), uint32(two), uint32(bias)))
+        n3 = ptx.and_or(h >> uint32(3), uint32(third), ptx.and_or(a >> uint32(6), uint32(two), uint32(bias)))
+        return (
+            fma(n0, uint32(one), offsets[0]), fma(n1, uint32(one), offsets[0]),
+            fma(n2, uint32(one), offsets[0]), fma(n3, uint32(one), offsets[0]),
+        )  # fmt: skip
 
-        @device_function
-        def decode(words, offsets):
-            a, b = words[first], words[second]
-            zero = offsets[0]
-            return number(a, zero), number(a >> uint32(8), zero), number(b, zero), number(b >> uint32(8), zero)
+    return numbers
 
-    elif bits == 4:
-        which = half * 4 + j
 
-        @device_function
-        def decode(words, offsets):
-            a = words[which]
-            return (
-                ptx.fma_b2(ptx.and_or(a, uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-                ptx.fma_b2(ptx.and_or(a >> uint32(4), uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-                ptx.fma_b2(ptx.and_or(a >> uint32(8), uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-                ptx.fma_b2(ptx.and_or(a >> uint32(12), uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-            )
+def _eight_bits_bfloat(half, j):
+    """128 + q has no room for eight bits. So it is 16 h + l; each step is an integer of eight bits, hence exact."""
+    nibble, bias, one, sixteen, minus_128 = 0x000F000F, 0x43004300, 0x3F803F80, 0x41804180, 0xC300C300
+    first = half * 8 + j // 2 * 4 + j % 2 * 2
+    second = first + 1
 
-    elif bits == 3:
-        third, two = 0x00040004, 0x00030003
-        which, down, thirds = half * 2 + j // 2, 8 * (j % 2), 4 + half
+    @device_function
+    def number(word, offset):
+        high = ptx.fma_b2(ptx.and_or(word >> uint32(4), uint32(nibble), uint32(bias)), uint32(one), uint32(minus_128))
+        low = ptx.fma_b2(ptx.and_or(word, uint32(nibble), uint32(bias)), uint32(one), uint32(minus_128))
+        return ptx.fma_b2(ptx.fma_b2(high, uint32(sixteen), low), uint32(one), offset)
 
-        @device_function
-        def decode(words, offsets):
-            a = words[which] >> uint32(down)
-            h = (words[thirds] >> uint32(4 * j)) << uint32(2)
-            n0 = ptx.and_or(h, uint32(third), ptx.and_or(a, uint32(two), uint32(bias)))
-            n1 = ptx.and_or(h >> uint32(1), uint32(third), ptx.and_or(a >> uint32(2), uint32(two), uint32(bias)))
-            n2 = ptx.and_or(h >> uint32(2), uint32(third), ptx.and_or(a >> uint32(4), uint32(two), uint32(bias)))
-            n3 = ptx.and_or(h >> uint32(3), uint32(third), ptx.and_or(a >> uint32(6), uint32(two), uint32(bias)))
-            return (
-                ptx.fma_b2(n0, uint32(one), offsets[0]), ptx.fma_b2(n1, uint32(one), offsets[0]),
-                ptx.fma_b2(n2, uint32(one), offsets[0]), ptx.fma_b2(n3, uint32(one), offsets[0]),
-            )  # fmt: skip
+    @device_function
+    def numbers(words, offsets):
+        a, b, zero = words[first], words[second], offsets[0]
+        return number(a, zero), number(a >> uint32(8), zero), number(b, zero), number(b >> uint32(8), zero)
 
-    else:
-        which, down = half * 2 + j // 2, 8 * (j % 2)
-
-        @device_function
-        def decode(words, offsets):
-            a = words[which] >> uint32(down)
-            return (
-                ptx.fma_b2(ptx.and_or(a, uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-                ptx.fma_b2(ptx.and_or(a >> uint32(2), uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-                ptx.fma_b2(ptx.and_or(a >> uint32(4), uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-                ptx.fma_b2(ptx.and_or(a >> uint32(6), uint32(mask), uint32(bias)), uint32(one), offsets[0]),
-            )
-
-    return decode
+    return numbers

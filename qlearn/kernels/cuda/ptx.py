@@ -180,8 +180,6 @@ def _fma_b2(*words):
 
 and_or = op("and_or", "u", "uuu", "lop3.b32 $0, $1, $2, $3, 0xea;", lambda a, b, c: (a & b) | c)
 permute_bytes = op("permute_bytes", "u", "uuu", "prmt.b32 $0, $1, $2, $3;", _permute)
-add_h2 = op("add_h2", "u", "uu", "add.f16x2 $0, $1, $2;", lambda a, b: word_of_halves(_wide(a) + _wide(b)))
-sub_h2 = op("sub_h2", "u", "uu", "sub.f16x2 $0, $1, $2;", lambda a, b: word_of_halves(_wide(a) - _wide(b)))
 mul_h2 = op("mul_h2", "u", "uu", "mul.f16x2 $0, $1, $2;", lambda a, b: word_of_halves(_wide(a) * _wide(b)))
 fma_h2 = op(
     "fma_h2", "u", "uuu", "fma.rn.f16x2 $0, $1, $2, $3;", lambda a, b, c: word_of_halves(_wide(a) * _wide(b) + _wide(c))
@@ -259,10 +257,6 @@ def _half(address):
     return simulator.load(address, np.float16)[0].astype(np.float32)
 
 
-def _bfloat(address):
-    return (simulator.load(address, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)[0]
-
-
 def _store_half(address, value):
     simulator.store(address, halves(word_of_halves([value, 0]))[0])
 
@@ -274,12 +268,6 @@ def _store_bfloat(address, value):
 load_4 = op("load_4", "uuuu", "l", "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", _loads(np.uint32, 4))
 load_2 = op("load_2", "uu", "l", "ld.global.nc.v2.u32 {$0,$1}, [$2];", _loads(np.uint32, 2))
 load_1 = op("load_1", "u", "l", "ld.global.nc.u32 $0, [$1];", _loads(np.uint32, 1))
-load_half = op("load_half", "f", "l", "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h; }", _half)
-load_bfloat = op(
-    "load_bfloat", "f", "l",
-    "{ .reg .b16 h, z; mov.b16 z, 0; ld.global.nc.b16 h, [$1]; mov.b32 $0, {z, h}; }",
-    _bfloat,
-)  # fmt: skip
 store_half = op(
     "store_half", "", "lf", "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; st.global.b16 [$0], h; }", _store_half, True
 )
@@ -314,10 +302,6 @@ load_shared_float = op("load_shared_float", "f", "u", "ld.shared.f32 $0, [$1];",
 load_shared_floats = op(
     "load_shared_floats", "ffff", "u", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", _loads(np.float32, 4), True
 )
-store_shared_floats = op(
-    "store_shared_floats", "", "uffff", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};",
-    lambda a, *numbers: simulator.store(a, *map(np.float32, numbers)), True,
-)  # fmt: skip
 load_shared_half = op(
     "load_shared_half", "f", "u", "{ .reg .b16 h; ld.shared.b16 h, [$1]; cvt.f32.f16 $0, h; }", _half, True
 )
@@ -454,7 +438,6 @@ barrier_done = op(
 barriers_visible = op(
     "barriers_visible", "", "", "fence.mbarrier_init.release.cluster;", lambda: None, True
 )  # to the unit that copies
-writes_visible = op("writes_visible", "", "", "fence.proxy.async.shared::cta;", lambda: None, True)
 copy_bulk = op(
     "copy_bulk", "", "uluu",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",

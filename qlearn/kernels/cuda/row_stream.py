@@ -259,4 +259,4 @@ def kernel(recipe, warps, per_stage):
 
     rows.__name__ = f"rows_{recipe.name}"
     threads, side_by_side = threads_of(warps), 2 if warps <= 8 else 1
-    return Kernel(rows, threads, registers=65536 // (threads * side_by_side) // 8 * 8)
+    return Kernel(rows, threads, registers=65536 // (threads * side_by_side) // 8 * 8, needs=CAPABILITY)

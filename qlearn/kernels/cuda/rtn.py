@@ -142,7 +142,7 @@ def rtn_kernel(kind, group, bits, symmetric, scale_kind, threads=None):
     """The Kernel for a dtype of weights ("half", "bfloat", "float"), group (None: row), bits, grid, dtype of scales."""
     threads = threads or (32 if SIMULATED else THREADS)
     make = _make_for_rows if group is None else functools.partial(_make_for_groups, group)
-    return Kernel(make(kind, bits, symmetric, scale_kind, threads), threads)
+    return Kernel(make(kind, bits, symmetric, scale_kind, threads), threads, needs=(8, 0))
 
 
 def _make_for_groups(group, kind, bits, symmetric, scale_kind, threads):

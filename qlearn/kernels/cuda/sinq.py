@@ -150,7 +150,9 @@ def sinq_kernel(kind, group, bits, shift, scale_kind, threads=None, registers=No
     threads = threads or (32 if SIMULATED else THREADS[kind] * 64 // max(group, 64))
     registers = registers or (64 if threads > 256 else 80)  # 64 let two blocks of 512 threads run side by side
     plan = Plan(kind, group, max(threads, group))
-    kernel = Kernel(_make(kind, group, bits, shift, scale_kind, plan), plan.threads, plan.bytes, registers)
+    kernel = Kernel(
+        _make(kind, group, bits, shift, scale_kind, plan), plan.threads, plan.bytes, registers, needs=(8, 0)
+    )
     return kernel, plan
 
 

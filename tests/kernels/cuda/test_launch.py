@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlearn.kernels.cuda import SIMULATED, launch
-from qlearn.kernels.cuda.launch import Kernel
+from qlearn.kernels.cuda.launch import Kernel, registers_for
 
 from numba import cuda, types  # isort: skip - after qlearn.kernels.cuda has chosen
 
@@ -165,3 +165,20 @@ def test_an_error_of_a_thread_reaches_the_caller():
 
 def test_in_the_simulator_everything_can_be_tried():
     assert launch.capability() == (10, 0) and launch.multiprocessors() == 4
+
+
+def test_a_gpu_that_can_do_too_little(monkeypatch):
+    """Said before anything is compiled."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("qlearn.kernels.cuda.launch.capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"this GPU has compute capability 7\.5, and the kernel needs 8\.0"):
+        Kernel(lambda x: None, 32, needs=(8, 0)).load(())
+
+
+@pytest.mark.parametrize(
+    ("warps", "blocks", "most"), [(4, 1, 255), (16, 1, 128), (17, 1, 96), (20, 1, 96), (10, 2, 96)], ids=str
+)
+def test_registers_are_shared_by_every_fourth_warp(warps, blocks, most):
+    """Each quarter of a multiprocessor has 16,384; a warp takes 32 times as many as its threads have."""
+    assert registers_for(warps, blocks) == most
+    assert -(-warps * blocks // 4) * 32 * most <= 16384

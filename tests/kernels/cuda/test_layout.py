@@ -193,6 +193,10 @@ REFUSED = {
     "groups of 200": (lambda: of_codes(4, 400, Integers(4), (1, 200)), "shared by 1 x 200 weights"),
     "one scale for all": (lambda: of_codes(4, 64, Integers(4), (4, 64)), "shared by 4 x 64 weights"),
     "a scale for each column": (lambda: of_codes(4, 64, Integers(4), (4, 1)), "shared by 4 x 1 weights"),
+    "scales of float32": (
+        lambda: of_codes(4, 64, Integers(4), (1, 64), scales=torch.full((4, 1), 1e5)),
+        "the scales are float32, and the kernel keeps float16",
+    ),
     "60 columns": (lambda: of_codes(4, 60, Integers(4), (1, 60)), "have 60 weights, which is no multiple of 8"),
     "bands of column scales": (
         lambda: of_codes(4, 64, Integers(4), (1, 64), column_scales=torch.ones(2, 64)),

@@ -122,8 +122,7 @@ def test_a_word_holds_two_bfloats_the_first_below(bits):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("name, calculate", [("add_h2", np.add), ("sub_h2", np.subtract), ("mul_h2", np.multiply)])
-def test_halves_against_numpy(name, calculate):
+def test_products_of_halves_against_numpy():
     """Every special value with every other, and some hundred at random."""
     several = [a | b << 16 for a, b in product(SPECIAL_HALVES.values(), repeat=2)]
     random = np.random.RandomState(0).randint(0, 2**32, (2, 500), dtype=np.uint64).astype(np.uint32)
@@ -131,8 +130,8 @@ def test_halves_against_numpy(name, calculate):
     for a, b in words:
         x, y = np.array([a, b]).view(np.float16).reshape(2, 2)
         with np.errstate(all="ignore"):
-            expected = calculate(x, y)
-        got = np.array([MEANING[name](a, b)], np.uint32).view(np.float16)
+            expected = x * y
+        got = np.array([MEANING["mul_h2"](a, b)], np.uint32).view(np.float16)
         assert all(map(same, got.astype(float), expected.astype(float))), (hex(a), hex(b))
 
 
@@ -298,7 +297,7 @@ def test_single_products_and_multiply_adds():
 
 LOADS = {
     "load_1": (np.uint32, 1), "load_2": (np.uint32, 2), "load_4": (np.uint32, 4), "load_floats": (np.float32, 4),
-    "load_half": (np.float16, 1), "load_bfloat": (np.uint16, 1), "load_acquire": (np.uint32, 1),
+    "load_acquire": (np.uint32, 1),
     "load_fresh": (np.float32, 1),
 }  # fmt: skip
 SHARED_LOADS = {
@@ -314,7 +313,6 @@ STORES = {  # name: what is stored, and as what
 SHARED_STORES = {
     "store_shared_1": ([7], np.uint32), "store_shared_2": ([7, 8], np.uint32),
     "store_shared_4": ([1, 2, 3, 4], np.uint32), "store_shared_float": ([0.1], np.float32),
-    "store_shared_floats": ([0.1, -2, 3, 4], np.float32),
 }  # fmt: skip
 
 
@@ -331,8 +329,6 @@ def test_loads(name):
     size, shared = np.dtype(dtype).itemsize * count, name in SHARED_LOADS
     memory = np.arange(3, 3 + 2 * size, dtype=np.uint8)
     expected = memory[size:].view(dtype)
-    if name == "load_bfloat":
-        expected = torch.from_numpy(memory[size:]).view(torch.bfloat16).float().numpy()
     got, errors = [], []
 
     def kernel(Memory):
@@ -370,7 +366,9 @@ def test_stores(name):
     assert (memory[:size] == 0xAA).all() and (memory[2 * size :] == 0xAA).all()
 
 
-@pytest.mark.parametrize("name", ["load_4", "load_2", "load_1", "load_half", "load_shared_4", "load_shared_short"])
+@pytest.mark.parametrize(
+    "name", ["load_4", "load_2", "load_1", "load_shared_half", "load_shared_4", "load_shared_short"]
+)
 def test_what_is_not_aligned_is_refused(name):
     dtype, count = {**LOADS, **SHARED_LOADS}[name]
     size = np.dtype(dtype).itemsize * count
